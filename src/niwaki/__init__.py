@@ -1,0 +1,3 @@
+"""niwaki: train, compress and measure transformer language models."""
+
+__version__ = "0.1.0"

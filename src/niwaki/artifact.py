@@ -1,0 +1,205 @@
+"""The artifact: what a run leaves for use. A folder with `niwaki.json`, `model.safetensors`, config and tokenizer.
+
+`niwaki.json` holds the task, the labels, the config that the model started from, the ordered edits that made its
+structure, and a checksum of every other file. Nothing in it is executable, and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki import __version__
+from niwaki.edits import Edit, from_json
+from niwaki.errors import ArtifactError, UserError
+
+if TYPE_CHECKING:
+    from niwaki.task.task import Task
+
+SCHEMA = 1
+WEIGHTS = "model.safetensors"
+CARD = "niwaki.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A saved model, loaded and ready to run."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    task: Task
+    labels: tuple[str, ...]
+    base_config: dict[str, Any]
+    edits: tuple[Edit, ...]
+
+
+def is_artifact(place: str | Path) -> bool:
+    """Whether `place` is a folder that holds an artifact."""
+    return (Path(place) / CARD).is_file()
+
+
+def save(
+    folder: Path, *, model: Any, tokenizer: Any, task: Task, labels: Sequence[str],
+    base_config: dict[str, Any], edits: Sequence[Edit],
+) -> None:  # fmt: skip
+    """Write the artifact; `folder` appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(unique_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
+    model.config.save_pretrained(partial)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    card = {
+        "schema": SCHEMA,
+        "niwaki": __version__,
+        "task": f"{type(task).__module__}:{type(task).__name__}",
+        "task_settings": asdict(task),
+        "labels": list(labels),
+        "base_config": base_config,
+        "edits": [edit.to_json() for edit in edits],
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in sorted(partial.iterdir())},
+    }
+    (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load(folder: str | Path) -> Artifact:
+    """Verify the artifact, rebuild its structure, load its weights. fp32 or integers, on the CPU, in eval mode.
+
+    Raises:
+        ArtifactError: missing, truncated or altered files, or a card that does not fit the weights.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    from niwaki.model.load import auto_class
+
+    folder = Path(folder)
+    card = read_card(folder)
+    task = task_of(card)
+    edits = tuple(from_json(record) for record in card["edits"])
+    settings = dict(card["base_config"])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = auto_class(task).from_config(config, dtype=torch.float32)
+    for edit in edits:
+        edit.apply(model)
+    fill(model, load_file(folder / WEIGHTS), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    return Artifact(folder, model.eval(), tokenizer, task, tuple(card["labels"]), card["base_config"], edits)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """`niwaki.json`, after a check of every file against it.
+
+    Raises:
+        ArtifactError: no artifact, a file missing, truncated or altered, or another schema.
+    """
+    if not is_artifact(folder):
+        raise ArtifactError(f"artifact {folder}: needs a folder that holds {CARD}")
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        files = card["files"].items()
+        schema = card["schema"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"artifact {folder}: {CARD} is damaged ({error})") from error
+    if schema != SCHEMA:
+        raise ArtifactError(f"artifact {folder}: schema {schema}, this version reads {SCHEMA}")
+    for name, facts in files:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise ArtifactError(f"artifact {folder}: the file {name} is missing")
+        if path.stat().st_size != facts["bytes"]:
+            raise ArtifactError(
+                f"artifact {folder}: {name} is truncated or altered ({path.stat().st_size} bytes, not {facts['bytes']})"
+            )
+        if checksum(path) != facts["sha256"]:
+            raise ArtifactError(f"artifact {folder}: {name} was altered (its checksum is not the one in {CARD})")
+    if WEIGHTS not in card["files"]:
+        raise ArtifactError(f"artifact {folder}: {CARD} names no {WEIGHTS}")
+    return card
+
+
+def task_of(card: dict[str, Any]) -> Task:
+    """The task that the artifact was made for, with its settings."""
+    from niwaki.allow import resolve
+    from niwaki.task.task import Task
+
+    try:
+        return resolve(card["task"].replace(":", "."), (Task,))(**card["task_settings"])
+    except (UserError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{CARD}: task: {error}") from error
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Load every tensor; what the file leaves out must be tied to something that it holds."""
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ArtifactError(f"artifact {folder}: the weights do not fit the structure ({reason})") from error
+    present = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
+    missing = [n for n in result.missing_keys if model.state_dict()[n].data_ptr() not in present]
+    if missing or result.unexpected_keys:
+        odd = [*missing, *result.unexpected_keys][0]
+        raise ArtifactError(f"artifact {folder}: {WEIGHTS} does not fit the structure ({odd})")
+
+
+def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> nn.Module:
+    """An artifact as the start of another training: integers become fp32 weights again; a head for another task or
+    other labels is left behind for a fresh one."""
+    from niwaki.model.load import auto_class, with_labels
+
+    saved = load(place)
+    for name, module in list(saved.model.named_modules()):
+        if hasattr(module, "dequantized"):
+            replace_by_linear(saved.model, name, module)
+    fresh = auto_class(task).from_config(with_labels(config, labels), dtype=torch.float32)
+    same = type(saved.task) is type(task) and saved.labels == tuple(labels)
+    source, target = (saved.model, fresh) if same else (saved.model.base_model, fresh.base_model)
+    target.load_state_dict(source.state_dict(), strict=same)
+    return fresh
+
+
+def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:
+    """A dense linear with the dequantized weight in place of an integer one."""
+    from niwaki.weights import replace_module
+
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    linear.weight = nn.Parameter(module.dequantized())
+    linear.bias = module.bias
+    replace_module(model, name, linear)
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model, tied tensors once, contiguous, on the CPU."""
+    seen: set[tuple[int, torch.Size]] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        state[name] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

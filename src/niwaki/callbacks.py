@@ -1,0 +1,194 @@
+"""Lightning callbacks of a run: checkpoints, early stopping, learning rate, progress, and orderly interruption."""
+
+from __future__ import annotations
+
+import abc
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+
+from niwaki.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the callbacks need to know of the run."""
+
+    folder: Path
+    metric: str  # as logged, "validation/accuracy"
+    mode: Literal["max", "min"]
+    settled: int  # first optimizer step at which the model has its final form
+    logged: bool  # whether there is a logger
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackSettings(abc.ABC):
+    """Settings of one or more Lightning callbacks."""
+
+    @abc.abstractmethod
+    def build(self, watch: Watch) -> list[pl.Callback]: ...
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best step among those at which every schedule has ended: an earlier one is not the model asked for."""
+
+    def __init__(self, settled: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._settled = settled
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step >= self._settled:
+            super().on_validation_end(trainer, pl_module)
+
+
+class PatientStopping(EarlyStopping):
+    """Early stopping that does not count before every schedule has ended."""
+
+    def __init__(self, settled: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._settled = settled
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step >= self._settled:
+            super().on_validation_end(trainer, pl_module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(CallbackSettings):
+    """`checkpoints/last.ckpt`, at the end of every epoch or every `every_steps` optimizer steps, to go on from; and,
+    with `best`, `checkpoints/best.ckpt`, the best on validation, which is what the run then goes on with."""
+
+    best: bool = True
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ConfigError(f"callbacks.checkpoint.every_steps={self.every_steps}: needs null or at least 1")
+
+    def build(self, watch: Watch) -> list[pl.Callback]:
+        common: dict[str, Any] = {"dirpath": watch.folder, "save_top_k": 1, "enable_version_counter": False}
+        last = ModelCheckpoint(
+            filename="last", every_n_train_steps=self.every_steps,
+            save_on_train_epoch_end=None if self.every_steps else True, **common,
+        )  # fmt: skip
+        best = BestCheckpoint(
+            watch.settled, filename="best", monitor=watch.metric, mode=watch.mode, save_weights_only=True,
+            save_on_train_epoch_end=False, **common,
+        )  # fmt: skip
+        return [best, last] if self.best else [last]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopEarly(CallbackSettings):
+    """Stop when the watched validation score has not risen by `min_delta` for `patience` validations."""
+
+    patience: int = 3
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ConfigError(f"callbacks.early_stopping.patience={self.patience}: needs at least 1")
+
+    def build(self, watch: Watch) -> list[pl.Callback]:
+        return [
+            PatientStopping(
+                watch.settled, monitor=watch.metric, mode=watch.mode, patience=self.patience,
+                min_delta=self.min_delta, check_on_train_epoch_end=False,
+            )
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate(CallbackSettings):
+    """Logs the learning rate at every logged step."""
+
+    def build(self, watch: Watch) -> list[pl.Callback]:
+        return [LearningRateMonitor(logging_interval="step")] if watch.logged else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(CallbackSettings):
+    """A progress bar, redrawn every `every_steps` batches."""
+
+    every_steps: int = 5
+
+    def build(self, watch: Watch) -> list[pl.Callback]:
+        return [RichProgressBar(refresh_rate=self.every_steps)]
+
+
+class StoppedError(UserError):
+    """The user, or the machine, asked the run to stop; it saved first."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class Interruption(pl.Callback):
+    """On SIGTERM or Ctrl-C: finish the batch, save `last.ckpt`, stop. A second Ctrl-C stops at once.
+
+    Saving inside a signal handler can meet half-updated weights; the handler only sets a flag.
+    """
+
+    def __init__(self, checkpoint: Path, hint: str) -> None:
+        self._checkpoint = checkpoint
+        self._hint = hint
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._received is None:
+            return
+        trainer.save_checkpoint(self._checkpoint)
+        name = signal.Signals(self._received).name
+        raise StoppedError(f"{name} at optimizer step {trainer.global_step}; go on with: {self._hint}", self._received)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+
+
+class Clock(pl.Callback):
+    """Seconds of fitting, those before an interruption included."""
+
+    def __init__(self) -> None:
+        self._earlier = 0.0
+        self._start = 0.0
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = self._so_far()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._so_far()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = self.seconds = state_dict["seconds"]
+
+    def _so_far(self) -> float:
+        return self._earlier + (time.perf_counter() - self._start if self._start else 0.0)

@@ -1,0 +1,302 @@
+"""From the command line to a Recipe. With train.py the only code that knows Hydra and OmegaConf.
+
+A config may come from anybody, and `_target_` can name anything: here it may name only the classes of `niwaki.allow`,
+only at the root and at the root of a group, and with settings of the right types. All of it is checked on the
+resolved values before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from niwaki.allow import resolve
+from niwaki.callbacks import CallbackSettings
+from niwaki.errors import ConfigError, UserError
+from niwaki.recipe import AXES, Recipe
+from niwaki.stage import Stage
+
+KINDS = (Recipe, Stage, CallbackSettings, pl.Callback, *AXES.values())
+GROUPS_OF_MANY = ("compression", "callbacks")
+NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int is a float
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line: its overrides, whether it is a multirun, and whether it only asks Hydra for information."""
+
+    overrides: list[str]
+    multirun: bool
+    passes_through: bool
+
+
+def parse(arguments: list[str]) -> Command:
+    """Read a command line as Hydra does."""
+    parsed = get_args_parser().parse_args(arguments)
+    asks = ("help", "hydra_help", "info", "cfg", "shell_completion", "experimental_rerun", "config_dir", "config_name")
+    passes_through = any(getattr(parsed, name, None) for name in asks)
+    return Command(parsed.overrides, parsed.multirun, passes_through)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A config, resolved and plain, and where Hydra would run it."""
+
+    config: dict[str, Any]
+    folder: Path
+    sweep_folder: Path
+    plain_launch: bool  # neither a launcher nor a sweeper was chosen
+
+
+def config_folder() -> Path:
+    """The folder of the configs: beside the package when installed, else at the top of the checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def compose(overrides: Sequence[str]) -> Composed:
+    """The config that these overrides make.
+
+    Raises:
+        ConfigError: an unknown option or key (with the nearest that exists), or a value that does not parse.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            whole = hydra_compose("train", list(overrides), return_hydra_config=True)
+        refuse_foreign_plugins(OmegaConf.to_container(whole.hydra, resolve=False))
+        hydra = whole.hydra
+        choices = hydra.runtime.choices
+        plain = choices["hydra/launcher"] == "basic" and choices["hydra/sweeper"] == "basic"
+        config = {key: value for key, value in to_plain(whole).items() if key != "hydra"}
+        safe_name(config, "name")
+        safe_name(config, "study")
+        return Composed(config, Path(hydra.run.dir), Path(hydra.sweep.dir), plain)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def to_plain(whole: Any) -> dict[str, Any]:
+    """The config without Hydra's own part, every reference resolved, as dictionaries and lists."""
+    own = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
+    OmegaConf.set_readonly(own, False)
+    missing = sorted(OmegaConf.missing_keys(own))
+    if missing:
+        raise ConfigError(f"{missing[0]}: needs a value; add {missing[0]}=...")
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(own, resolve=True))
+
+
+def refuse_foreign_plugins(hydra: Any) -> None:
+    """Hydra instantiates its launcher, sweeper and callbacks before our code runs: only its own plugins may be named."""
+    for path, node in nodes(hydra, "hydra"):
+        if "()" in node:
+            raise ConfigError(f"{path}.()={node['()']!r}: factories are not allowed in a config")
+        target = str(node.get("_target_", "hydra.x"))
+        if not target.startswith(("hydra.", "hydra_plugins.", "hydra._internal.core_plugins.")) or target.count(".") < 1:
+            raise ConfigError(f"{path}._target_={target!r}: only Hydra's own plugins may be named here")
+        if path.startswith("hydra.callbacks") and "_target_" in node:
+            raise ConfigError(f"{path}._target_={target!r}: callbacks of Hydra are not used here")
+
+
+def nodes(tree: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping in a tree, with its dotted path."""
+    if isinstance(tree, Mapping):
+        yield path, dict(tree)
+        for key, value in tree.items():
+            yield from nodes(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from nodes(value, f"{path}.{index}")
+
+
+def safe_name(config: Mapping[str, Any], field: str) -> None:
+    """Refuse a name that would lead out of the output root."""
+    value = config.get(field)
+    if value is None:
+        return
+    parts = str(value).split("/")
+    if not all(part and part not in (".", "..") and "\\" not in part for part in parts):
+        raise ConfigError(f"{field}={value!r}: needs a plain name; it may not lead out of the output folder")
+
+
+def build(config: Mapping[str, Any]) -> Recipe:
+    """The recipe of a resolved config.
+
+    Raises:
+        ConfigError: a target outside the allowlist, an unknown or missing setting, or a value of a wrong type.
+    """
+    check_targets(config)
+    kinds = dict(roots(config))
+    for path, node in kinds.items():
+        check_settings(path, node)
+    try:
+        return instantiate(dict(config), _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise ConfigError(f"config: {first_line(cause or error)}") from error
+
+
+def roots(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The places where a `_target_` may stand: the root, and the root of each group or of each of its members."""
+    yield "", dict(config)
+    for axis in AXES:
+        yield axis, required_node(config.get(axis), axis)
+    for group in GROUPS_OF_MANY:
+        for name, node in (config.get(group) or {}).items():
+            yield f"{group}.{name}", required_node(node, f"{group}.{name}")
+
+
+def required_node(node: Any, path: str) -> dict[str, Any]:
+    """The mapping at the root of a group."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{path}: needs an option of its group, not {node!r}")
+    return dict(node)
+
+
+def check_targets(config: Mapping[str, Any]) -> None:
+    """Refuse every key of Hydra's instantiate but `_target_`, and that anywhere but at a group's root or outside the
+    allowlist."""
+    allowed = {path for path, _ in roots(config)}
+    for path, node in nodes(config, ""):
+        special = [key for key in node if isinstance(key, str) and key.startswith("_") and key.endswith("_")]
+        where = f"{path}." if path else ""
+        for key in special:
+            if key != "_target_":
+                raise ConfigError(f"{where}{key}={node[key]!r}: is not allowed in a config")
+            if path not in allowed:
+                raise ConfigError(f"{where}_target_={node[key]!r}: may only stand at the root of a group")
+            resolve(node[key], KINDS, f"{where}_target_")
+
+
+def check_settings(path: str, node: Mapping[str, Any]) -> None:
+    """Refuse settings that the class of `node` does not have, or of another type than it declares."""
+    kind = resolve(node["_target_"], KINDS)
+    if not dataclasses.is_dataclass(kind):
+        return
+    hints = typing.get_type_hints(kind)
+    declared = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    where = f"{path}." if path else ""
+    for name, value in node.items():
+        if name == "_target_":
+            continue
+        if name not in declared:
+            raise ConfigError(f"{where}{name}: no such setting{nearest(name, declared)}")
+        composed_here = isinstance(value, Mapping) and ("_target_" in value or name in GROUPS_OF_MANY)
+        if not composed_here and not fits(value, hints[name]):
+            raise ConfigError(f"{where}{name}={value!r}: needs {type_in_words(hints[name])}")
+    for name, field in declared.items():
+        if name not in node and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name}: needs a value; add {where}{name}=...")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is of the declared type; a bool is no number."""
+    if isinstance(value, bool):
+        return hint is bool or bool in typing.get_args(hint)
+    return bool(is_bearable(value, hint, conf=NUMBERS))
+
+
+def type_in_words(hint: Any) -> str:
+    """A type for people: `a number or null`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
+    origin = str(typing.get_origin(hint))
+    if "Sequence" in origin or "list" in origin or "tuple" in origin:
+        return f"a list, each {type_in_words(arguments[0])}"
+    if "Mapping" in origin or "dict" in origin:
+        return "a mapping"
+    return " or ".join(map(type_in_words, arguments)) or str(hint)
+
+
+def points(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """A sweep's points, each the overrides of one run in the order of the grid, and the keys that vary.
+
+    Raises:
+        ConfigError: an override that does not parse, or a kind of sweep that needs a sweeper of its own.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain(error)) from error
+    grid: list[list[str]] = [[]]
+    varied = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            choices = [override.input_line or ""]
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            varied.append(key)
+        else:
+            raise ConfigError(f"{override.input_line}: intervals need a sweeper, such as hydra/sweeper=optuna")
+        grid = [[*point, choice] for point in grid for choice in choices]
+    return grid, varied
+
+
+def explain(error: Exception) -> str:
+    """Hydra's complaint in one line, with the nearest name that exists."""
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing:
+        group, _, name = str(missing).rpartition("/")
+        options = getattr(error, "options", None) or options_of(group)
+        if group and options:
+            return f"{group}={name}: no such option{nearest(name, options)}"
+        return f"{missing}: no such config"
+    text = str(error)
+    if "Could not override" in text or "is not in struct" in text:
+        key = text.split("'")[1] if "Could not override" in text else str(getattr(error, "full_key", ""))
+        return f"{key}: no such setting{nearest(key, known_keys())}"
+    if "Could not find" in text or "not found" in text:
+        return first_line(error)
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a config group, from its files."""
+    folder = config_folder() / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def known_keys() -> list[str]:
+    """Every key of the default config, and every group."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        whole = OmegaConf.to_container(hydra_compose("train"), resolve=False)
+    return [f"{path}.{key}" if path else key for path, node in nodes(whole, "") for key in node if key != "_target_"]
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean lora? (options: ...)`, as far as there is something to say."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, 1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return hint + (f" (there are: {', '.join(options)})" if len(options) <= 20 else "")

@@ -1,0 +1,113 @@
+"""Which rows of a split to take: carving splits, few shots, limits. All are pure functions of the seed."""
+
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from niwaki.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def carve(rows: "Dataset", fractions: dict[str, float], seed: int, *, in_order: bool) -> dict[str, list[int]]:
+    """Row numbers, ascending, of "train" and of each split in `fractions` (shares of all the rows).
+
+    Rows of equal text (spacing and case aside) go to one split, classes keep their shares, and each label
+    keeps a row in train. With `in_order` the splits are the last rows instead, in the order of `fractions`.
+    """
+    if in_order:
+        return _cut(rows.num_rows, fractions)
+    labels = _labels(rows)
+    groups = _groups_of_equal_text(rows)
+    order = np.random.default_rng([seed, 1]).permutation(len(groups))
+    free = _without_first_of_each_label([groups[i] for i in order], labels)
+    free.sort(key=lambda group: labels[group[0]][0] if len(labels[group[0]]) == 1 else "")
+    parts: dict[str, list[int]] = {}
+    for split, fraction in fractions.items():
+        parts[split] = _spread(free, round(fraction * rows.num_rows), seed)
+        taken = set(parts[split])
+        free = [group for group in free if group[0] not in taken]
+    gone = {row for part in parts.values() for row in part}
+    return {"train": [row for row in range(rows.num_rows) if row not in gone], **parts}
+
+
+def _cut(count: int, fractions: dict[str, float]) -> dict[str, list[int]]:
+    sizes = {split: round(fraction * count) for split, fraction in fractions.items()}
+    stop = count - sum(sizes.values())
+    parts = {"train": list(range(stop))}
+    for split, size in sizes.items():
+        parts[split] = list(range(stop, stop + size))
+        stop += size
+    return parts
+
+
+def _labels(rows: "Dataset") -> list[list[str]]:
+    column = next((name for name in ("label", "tags") if name in rows.column_names), None)
+    if column is None:
+        return [[""]] * rows.num_rows
+    return [value if isinstance(value, list) else [value] for value in rows[column][:]]
+
+
+def _groups_of_equal_text(rows: "Dataset") -> list[list[int]]:
+    column = next(name for name in rows.column_names if name not in ("label", "tags"))
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, value in enumerate(rows[column][:]):
+        text = " ".join(value) if isinstance(value, list) else value
+        groups[" ".join(text.split()).casefold()].append(number)
+    return list(groups.values())
+
+
+def _without_first_of_each_label(groups: list[list[int]], labels: list[list[str]]) -> list[list[int]]:
+    seen: set[str] = set()
+    free = []
+    for group in groups:
+        held = {label for row in group for label in labels[row]}
+        if held <= seen:
+            free.append(group)
+        seen |= held
+    return free
+
+
+def _spread(groups: list[list[int]], size: int, seed: int) -> list[int]:
+    """About `size` rows in whole groups, taken at even distances so that sorted classes keep their shares."""
+    count = sum(len(group) for group in groups)
+    if not count or not size:
+        return []
+    step = count / min(size, count)
+    mark = np.random.default_rng([seed, 2]).uniform(0, step)
+    chosen: list[int] = []
+    start = 0
+    for group in groups:
+        if len(chosen) < size and start <= mark < start + len(group):
+            chosen += group
+            # A group of many rows pays for all of them.
+            mark += step * len(group)
+        start += len(group)
+    return sorted(chosen)
+
+
+def choose_shots(labels: list[str], shots: int, seed: int) -> list[int]:
+    """Row numbers, ascending, of `shots` rows of each label. DataError names a label that has fewer."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for number, label in enumerate(labels):
+        rows_of[label].append(number)
+    generator = np.random.default_rng([seed, 3])
+    chosen: list[int] = []
+    for label in sorted(rows_of):
+        rows = rows_of[label]
+        if len(rows) < shots:
+            raise DataError(f"data.shots={shots}: class {label!r} has only {len(rows)} training rows")
+        chosen += (rows[i] for i in generator.choice(len(rows), shots, replace=False))
+    return sorted(chosen)
+
+
+def choose_limit(rows: "Dataset", limit: int, seed: int) -> list[int]:
+    """Row numbers, ascending, of a sample that holds each label once, as far as `limit` reaches."""
+    labels = _labels(rows)
+    order = [[int(i)] for i in np.random.default_rng([seed, 4]).permutation(rows.num_rows)]
+    rest = {row for [row] in _without_first_of_each_label(order, labels)}
+    first = [row for [row] in order if row not in rest]
+    return sorted((first + [row for [row] in order if row in rest])[:limit])

@@ -1,0 +1,194 @@
+"""Where rows come from: the abstract `Source`, and what every source owes a task."""
+
+import abc
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from niwaki.data.columns import CHECKS, check_text, values_of
+from niwaki.data.sampling import carve, choose_limit, choose_shots
+from niwaki.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The columns that a task reads: `required` must be there, `optional` are taken where they are."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(abc.ABC):
+    """Rows for the three splits, and how they are served.
+
+    `limit` keeps that many rows of each split, a seeded sample in the order of the source; `shots` keeps
+    that many rows of each class of the training split (`limit` then holds for validation and test only).
+    `columns` maps a column of the task to its name in the source. `validation_fraction` and `test_fraction`
+    are the shares of the training rows that become a split which the source does not have.
+    """
+
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    limit: int | None = None
+    shots: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("workers", 0)):
+            self._check_whole_number(name, least)
+        for name in ("limit", "shots"):
+            if getattr(self, name) is not None:
+                self._check_whole_number(name, 1)
+        self._check_fractions()
+        if not isinstance(self.columns, Mapping) or not all(
+            isinstance(text, str) and text for pair in self.columns.items() for text in pair
+        ):
+            raise ConfigError(f"data.columns={self.columns!r}: give a mapping such as {{text: sentence}}")
+        object.__setattr__(self, "columns", dict(self.columns))
+
+    def _check_whole_number(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"data.{name}={value!r}: must be a whole number, {least} or more")
+
+    def _check_fractions(self) -> None:
+        for name in ("validation_fraction", "test_fraction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                raise ConfigError(f"data.{name}={value!r}: must be a number above 0 and below 1")
+        total = self.validation_fraction + self.test_fraction
+        if total >= 1:
+            raise ConfigError(
+                f"data.validation_fraction={self.validation_fraction} and data.test_fraction="
+                f"{self.test_fraction}: together they must be below 1, or no row is left to train on"
+            )
+
+    @abc.abstractmethod
+    def read(self, needs: Needs) -> "dict[str, Dataset]":
+        """The rows as they are, by split ("train" at least), columns under the names of the source."""
+
+    def place(self, split: str, number: int, row: dict[str, Any]) -> str:
+        """Where a row stands, for errors; `number` counts the rows of the split from 1."""
+        return f"split {split!r} row {number}"
+
+    def origin(self, split: str) -> str:
+        """Where a split comes from, for errors."""
+        return f"split {split!r}"
+
+    def is_running_text(self, split: str) -> bool:
+        """Whether rows are the successive lines of one text: blank ones belong, and order is kept."""
+        return False
+
+    def splits(self, needs: Needs, seed: int) -> "dict[str, Dataset]":
+        """Exactly train, validation and test, with the task's columns only, every row checked.
+
+        Splits that the source lacks are carved from train with the seed, so that rows of equal text share a
+        split; running text is cut in order instead. Raises DataError or ConfigError, in one line.
+        """
+        self._check_mapping(needs)
+        found = self.read(needs)
+        for split, rows in found.items():
+            if rows.num_rows == 0:
+                raise DataError(f"{self.origin(split)}: has no rows")
+        kept = self._columns_to_keep(found, needs)
+        checked = {split: self._checked(split, rows, kept) for split, rows in found.items()}
+        whole = self._carved(checked, seed)
+        return {split: self._sampled(split, whole[split], seed) for split in SPLITS}
+
+    def _check_mapping(self, needs: Needs) -> None:
+        for column in self.columns:
+            if column not in needs.all:
+                raise ConfigError(
+                    f"data.columns.{column}={self.columns[column]}: this task has no column {column!r}; "
+                    f"it reads {', '.join(needs.all)}"
+                )
+
+    def _columns_to_keep(self, found: "dict[str, Dataset]", needs: Needs) -> list[str]:
+        kept = list(needs.required)
+        for column in needs.optional:
+            name = self.columns.get(column, column)
+            if column in self.columns or any(name in rows.column_names for rows in found.values()):
+                kept.append(column)
+        for split, rows in found.items():
+            for column in kept:
+                if self.columns.get(column, column) not in rows.column_names:
+                    raise DataError(self._missing_column(split, column, rows.column_names))
+        return kept
+
+    def _missing_column(self, split: str, column: str, present: list[str]) -> str:
+        name = self.columns.get(column, column)
+        names = [other for other in present if not other.startswith("__")]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        hint = f"; name it with data.columns.{column}={near[0]}" if near else ""
+        return f"{self.origin(split)}: no column {name!r}; found {', '.join(names) or 'none'}{hint}"
+
+    def _checked(self, split: str, rows: "Dataset", kept: list[str]) -> "Dataset":
+        """The rows under the task's names, each value checked and made canonical."""
+        from datasets import Dataset
+
+        values: dict[str, list] = {}
+        for column in kept:
+            name = self.columns.get(column, column)
+            check = CHECKS.get(column, check_text)
+            values[column] = values_of(rows, name)
+            if check is check_text and self.is_running_text(split):
+                continue
+            for index, value in enumerate(values[column]):
+                try:
+                    values[column][index] = check(value)
+                except ValueError as wrong:
+                    place = self.place(split, index + 1, rows[index])
+                    raise DataError(f"{place}: column {name!r} {wrong}") from None
+        if "tokens" in values and "tags" in values:
+            self._check_equal_lengths(split, rows, values)
+        return Dataset.from_dict(values)
+
+    def _check_equal_lengths(self, split: str, rows: "Dataset", values: dict[str, list]) -> None:
+        for number, (tokens, tags) in enumerate(zip(values["tokens"], values["tags"], strict=True), start=1):
+            if len(tokens) != len(tags):
+                place = self.place(split, number, rows[number - 1])
+                raise DataError(f"{place}: {len(tokens)} tokens but {len(tags)} tags; give one tag a token")
+
+    def _carved(self, found: "dict[str, Dataset]", seed: int) -> "dict[str, Dataset]":
+        if "train" not in found:
+            raise DataError(f"{self.origin('train')}: is missing; found {', '.join(found) or 'no split'}")
+        fractions = {"validation": self.validation_fraction, "test": self.test_fraction}
+        wanted = {split: share for split, share in fractions.items() if split not in found}
+        if not wanted:
+            return found
+        parts = carve(found["train"], wanted, seed, in_order=self.is_running_text("train"))
+        for split, rows in parts.items():
+            if not rows:
+                raise DataError(
+                    f"{self.origin('train')}: {found['train'].num_rows} rows are too few to carve {split!r} "
+                    f"from; give more rows, or data.validation and data.test of your own"
+                )
+        return found | {split: found["train"].select(rows) for split, rows in parts.items()}
+
+    def _sampled(self, split: str, rows: "Dataset", seed: int) -> "Dataset":
+        if split == "train" and self.shots is not None:
+            if "label" not in rows.column_names:
+                raise ConfigError(
+                    f"data.shots={self.shots}: needs a label column; this task reads "
+                    f"{', '.join(rows.column_names)}; use data.limit"
+                )
+            return rows.select(choose_shots(rows["label"][:], self.shots, seed))
+        if self.limit is None or self.limit >= rows.num_rows:
+            return rows
+        if self.is_running_text(split):
+            return rows.select(range(self.limit))
+        return rows.select(choose_limit(rows, self.limit, seed))

@@ -1,0 +1,39 @@
+"""Changes that a saved model needs beyond its config: an artifact replays them, in order, before it loads weights."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edit(abc.ABC):
+    """One change of a model's structure, small enough to stand in JSON."""
+
+    @abc.abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Make the change in place, on a model that may be on the meta device."""
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"edit": "<module>:<class>", ...fields}`."""
+        return {"edit": f"{type(self).__module__}:{type(self).__name__}", **dataclasses.asdict(self)}
+
+
+def from_json(record: dict[str, Any]) -> Edit:
+    """The edit that `to_json` wrote.
+
+    Raises:
+        ArtifactError: the record names something else than an edit of this project.
+    """
+    from niwaki.allow import resolve
+    from niwaki.errors import ArtifactError, UserError
+
+    fields = dict(record)
+    try:
+        kind = resolve(str(fields.pop("edit", "")).replace(":", "."), (Edit,))
+        return kind(**fields)
+    except (UserError, TypeError) as error:
+        raise ArtifactError(f"niwaki.json: edits: {error}") from error

@@ -1,0 +1,26 @@
+"""What a number was measured on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("niwaki", "torch", "transformers", "peft", "pytorch-lightning")
+
+
+def machine() -> str:
+    """The processor in words, and the GPU where there is one."""
+    name = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        lines = [line for line in facts.read_text().splitlines() if line.startswith("model name")]
+        name = f"{lines[0].partition(':')[2].strip()}, {len(lines)} cores" if lines else name
+    return f"{name}; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the libraries that the numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -1,0 +1,73 @@
+"""What a model holds: parameters, non-zero ones, sparsity and bits of each compressed linear, multiply-adds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.compression.quantize.integers import IntegerLinear
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    """Every weight and bias once: tied tensors count once, integers as themselves, their scales not at all."""
+    seen: set[int] = set()
+    found = []
+    tensors = [p.detach() for p in model.parameters()]
+    codes = [module.integers() for module in model.modules() if isinstance(module, IntegerLinear)]
+    for tensor in tensors:
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            found.append(tensor)
+    return found + codes
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """`parameters` and `nonzero`, over unique storage. Sparsity is 1 - nonzero / parameters."""
+    tensors = values(model)
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "nonzero": sum(int(torch.count_nonzero(tensor)) for tensor in tensors),
+    }
+
+
+def target_table(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Of each named linear: parameters, sparsity (fraction of zeros), and bits of a stored weight."""
+    table = {}
+    for name in names:
+        module = model.get_submodule(name)
+        integer = isinstance(module, IntegerLinear)
+        weight: Any = module.integers() if integer else module.weight.detach()
+        table[name] = {
+            "parameters": weight.numel(),
+            "sparsity": 1 - int(torch.count_nonzero(weight)) / weight.numel(),
+            "bits": module.bits if integer else weight.element_size() * 8,
+        }
+    return table  # type: ignore[return-value]
+
+
+def macs(model: Any, inputs: dict[str, Tensor]) -> int:
+    """Multiply-adds of one forward pass on `inputs`; a masked zero is still multiplied, and counts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def integer_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: integer_product})
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs)
+    return counter.get_total_flops() // 2
+
+
+def peak_memory_mb() -> float:
+    """Highest memory of this process so far, in MB: of the GPU where one was used, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,0 +1,1 @@
+"""One file per family, named after the `model_type` of its config."""

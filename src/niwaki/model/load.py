@@ -1,0 +1,166 @@
+"""Where a model comes from: the hub, a folder, a Python package, an artifact of this project, or nowhere (random)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from niwaki.edits import Edit
+from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from niwaki.task.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepBlocks(Edit):
+    """Keep only these blocks of the backbone, in this order."""
+
+    blocks: list[int]
+
+    def apply(self, model: Any) -> None:
+        Anatomy.of(model).keep_blocks(self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model by `name`: a folder (Hugging Face's or an artifact of this project), else a hub name.
+
+    `package`: a Python package that carries the model in its subfolder `name`.
+    `layers`: the blocks to keep; null keeps all. `dropout`: overrides every dropout of the config.
+    `overrides`: other fields of the Hugging Face config.
+    """
+
+    name: str
+    package: str | None = None
+    revision: str | None = None
+    layers: Sequence[int] | None = None
+    dropout: float | None = None
+    overrides: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout={self.dropout}: needs null or a number in 0..1, below 1")
+        if self.layers is not None and (not self.layers or any(layer < 0 for layer in self.layers)):
+            raise ConfigError(f"model.layers={list(self.layers)}: needs null or some layer numbers from 0 up")
+
+    @property
+    def place(self) -> str:
+        """The folder or hub name to load from.
+
+        Raises:
+            ConfigError: the package is not installed, or the folder does not exist.
+        """
+        if self.package:
+            found = importlib.util.find_spec(self.package)
+            if found is None or not found.submodule_search_locations:
+                pip = self.package.replace("_", "-")
+                raise ConfigError(f"model.package={self.package!r}: is not installed; pip install {pip}")
+            return str(Path(found.submodule_search_locations[0]) / self.name)
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return str(folder)
+        if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
+            raise ConfigError(f"model.name={self.name!r}: there is no such folder")
+        return self.name
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; a padding token is chosen where it has none."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self._try(lambda: AutoTokenizer.from_pretrained(self.place, revision=self.revision))
+        if tokenizer.pad_token_id is None:
+            pad = self.config().pad_token_id
+            tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        return tokenizer
+
+    def config(self) -> Any:
+        """The Hugging Face config, before the task is known."""
+        from transformers import AutoConfig
+
+        return self.changed(self._try(lambda: AutoConfig.from_pretrained(self.place, revision=self.revision)))
+
+    def changed(self, config: Any) -> Any:
+        """`config` with this spec's changes.
+
+        Raises:
+            ConfigError: an override names a field that the config does not have.
+        """
+        changes = dict(self.overrides or {})
+        unknown = [name for name in changes if not hasattr(config, name)]
+        if unknown:
+            raise ConfigError(f"model.overrides.{unknown[0]}: a {config.model_type} config has no such field")
+        if self.dropout is not None:
+            changes |= {name: self.dropout for name in dropouts(config)}
+        for name, value in changes.items():
+            setattr(config, name, value)
+        return config
+
+    def empty(self, task: Task, labels: Sequence[str]) -> Any:
+        """The model with its head on the meta device: shapes without weights."""
+        with torch.device("meta"):
+            model = auto_class(task).from_config(with_labels(self.config(), labels))
+        self.cut(model)
+        return model
+
+    def load(self, task: Task, labels: Sequence[str], seed: int) -> Any:
+        """The model with the task's head (random from `seed` where the source has none), whole, in fp32 on the CPU."""
+        from niwaki import artifact
+
+        torch.manual_seed(seed)
+        if artifact.is_artifact(self.place):
+            model = artifact.load_dense(self.place, task, labels, self.config())
+        else:
+            model = self._try(
+                lambda: auto_class(task).from_pretrained(
+                    self.place,
+                    revision=self.revision,
+                    config=with_labels(self.config(), labels),
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=task.head_learns,
+                )
+            )
+        return model.eval()
+
+    def cut(self, model: Any) -> list[Edit]:
+        """Keep the blocks that `layers` names; returns the edits that did it."""
+        edits: list[Edit] = [] if self.layers is None else [KeepBlocks(blocks=list(self.layers))]
+        for edit in edits:
+            edit.apply(model)
+        return edits
+
+    def _try(self, load: Any) -> Any:
+        try:
+            return load()
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(f"model.name={self.name!r}: cannot be loaded ({reason})") from error
+
+
+def auto_class(task: Task) -> Any:
+    """The transformers class that holds this task's head."""
+    import transformers
+
+    return getattr(transformers, task.auto_class)
+
+
+def with_labels(config: Any, labels: Sequence[str]) -> Any:
+    """The config with as many outputs as there are labels, and their names."""
+    if labels:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    return config
+
+
+def dropouts(config: Any) -> list[str]:
+    """The fields of a config that hold a dropout probability."""
+    return [name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, int | float)]

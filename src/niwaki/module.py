@@ -1,0 +1,92 @@
+"""The LightningModule: ties model, task, loss terms and optimizer together. It knows no method by name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import UserError
+from niwaki.optimizer import OptimizerSettings
+from niwaki.schedule import Schedule
+from niwaki.stage import Term
+from niwaki.task.task import Task
+
+
+class DivergedError(UserError):
+    """The loss is no longer a finite number."""
+
+
+class Learner(pl.LightningModule):
+    """loss = task_weight * the task's own + the sum of every stage's terms."""
+
+    def __init__(
+        self, model: nn.Module, *, task: Task, labels: Sequence[str], optimizer: OptimizerSettings,
+        schedule: Schedule, steps: int, terms: Mapping[str, Term], task_weight: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.labels = labels
+        self.optimizer_settings = optimizer
+        self.schedule = schedule
+        self.steps = steps
+        self.terms = terms  # plain callables: a teacher is no child, so no checkpoint holds it
+        self.task_weight = task_weight
+        self._stored_randomness: dict[str, Any] | None = None
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        outputs = self.model(**self.task.inputs(batch))
+        own = self.task.loss(outputs, batch, smoothing=self.task.label_smoothing)
+        parts = {name: term(outputs, batch) for name, term in self.terms.items()}
+        loss = self.task_weight * own + sum(parts.values())
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the loss is {loss.item()} at optimizer step {self.global_step}")
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if parts:
+            self.log_dict({f"train/{name}": value.detach() for name, value in {"task": own, **parts}.items()})
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores = self.task.scores(self.labels)
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self._scores.update(self.model(**self.task.inputs(batch)), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self._scores.compute().items():
+            self.log(f"validation/{name}", value, prog_bar=name == self.task.metric, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_settings.build(self.model)
+        scheduler = self.schedule.build(optimizer, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+            raise DivergedError(f"the weights are not finite after optimizer step {self.global_step}")
+        checkpoint["randomness"] = {
+            "python": list(random.getstate()[1]),
+            "numpy": [int(word) for word in numpy.random.get_state()[1]],  # type: ignore[index]
+            "numpy_position": int(numpy.random.get_state()[2]),  # type: ignore[arg-type]
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._stored_randomness = checkpoint.get("randomness")
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        if self._stored_randomness is None:
+            return
+        stored, self._stored_randomness = self._stored_randomness, None
+        random.setstate((3, tuple(stored["python"]), None))
+        numpy.random.set_state(("MT19937", stored["numpy"], stored["numpy_position"], 0, 0.0))
+        torch.set_rng_state(stored["torch"].cpu())
+        if stored["cuda"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in stored["cuda"]])

@@ -1,0 +1,81 @@
+"""Optimizers, with no weight decay on biases and norms."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from niwaki.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(abc.ABC):
+    """Learning rate and weight decay, and what makes an optimizer of them."""
+
+    lr: float
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optimizer.lr={self.lr}: needs a number above 0")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: needs a number of at least 0")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """An optimizer over the parameters of `model` that learn."""
+        return self.over(groups(model, self.weight_decay))
+
+    @abc.abstractmethod
+    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over these parameter groups."""
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What learns, in two groups: matrices with weight decay, vectors (biases and norms) without."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.ndim > 1]
+    vectors = [p for p in learning if p.ndim <= 1]
+    parted = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
+    return [group for group in parted if group["params"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerSettings):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101); the fused implementation."""
+
+    lr: float = 5e-5
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(OptimizerSettings):
+    """Adam (Kingma & Ba 2014, arXiv:1412.6980); weight decay, if any, is part of the gradient (L2)."""
+
+    lr: float = 5e-5
+    weight_decay: float = 0.0
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(OptimizerSettings):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013)."""
+
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+
+    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=True)

@@ -1,0 +1,103 @@
+"""A run, as configured: one object of each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pytorch_lightning as pl
+
+from niwaki.callbacks import CallbackSettings
+from niwaki.data.source import Source
+from niwaki.errors import ConfigError
+from niwaki.logger import LoggerSettings
+from niwaki.measure.speed import Measure
+from niwaki.model.load import Pretrained
+from niwaki.naming import option_name
+from niwaki.optimizer import OptimizerSettings
+from niwaki.schedule import Schedule
+from niwaki.stage import Phase, Stage, Tuning, ordered
+from niwaki.task.task import Task
+from niwaki.trainer import TrainerSettings
+
+AXES: dict[str, type] = {
+    "task": Task,
+    "data": Source,
+    "model": Pretrained,
+    "tuning": Tuning,
+    "optimizer": OptimizerSettings,
+    "schedule": Schedule,
+    "trainer": TrainerSettings,
+    "logger": LoggerSettings,
+    "measure": Measure,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run needs to know."""
+
+    task: Task
+    data: Source
+    model: Pretrained
+    tuning: Tuning
+    optimizer: OptimizerSettings
+    schedule: Schedule
+    trainer: TrainerSettings
+    logger: LoggerSettings
+    measure: Measure
+    compression: Mapping[str, Stage] = field(default_factory=dict)
+    callbacks: Mapping[str, CallbackSettings | pl.Callback] = field(default_factory=dict)
+    seed: int = 0
+    task_weight: float = 1.0
+    name: str = "run"
+    study: str | None = None
+    resume: str | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for axis, kind in AXES.items():
+            if not isinstance(getattr(self, axis), kind):
+                raise ConfigError(f"{axis}: needs an option of configs/{axis}, not {getattr(self, axis)!r}")
+        for key, stage in self.compression.items():
+            if not isinstance(stage, Stage) or stage.phase is Phase.TUNE:
+                raise ConfigError(f"compression.{key}: needs an option of configs/compression, not {stage!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: needs a whole number from 0 to 4294967295")
+        if self.task_weight < 0:
+            raise ConfigError(f"task_weight={self.task_weight}: needs a number of at least 0")
+        if self.task_weight == 0 and not any(s.phase is Phase.OBJECTIVE for s in self.compression.values()):
+            raise ConfigError("task_weight=0: nothing is left to learn from; add compression=[distill/logits]")
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Tuning and compression, in the order in which they act."""
+        return ordered([self.tuning, *self.compression.values()])
+
+    def plan(self) -> list[tuple[str, str]]:
+        """(step, what it does) for every step that does something, in the order of the run."""
+        by_phase = {phase: [s for s in self.stages if s.phase is phase] for phase in Phase}
+        weights = [s for s in self.stages if s.phase.acts_on_weights]
+        cut = [f"keep layers {list(self.model.layers)}"] if self.model.layers else []
+        objective = [f"{self.task_weight:g} x {self.task.name}", *map(describe, by_phase[Phase.OBJECTIVE])]
+        return [
+            ("load", f"{self.model.name} for {self.task.name} on {option_name(self.data)}"),
+            ("shape", ", ".join(cut + [describe(s) for s in by_phase[Phase.SHAPE]]) or "as loaded"),
+            ("tune", describe(self.tuning)),
+            ("weights", " -> ".join(describe(s) + ("" if s.during_fit else " after the fit") for s in weights) or "dense"),
+            ("objective", " + ".join(objective)),
+        ]
+
+
+def describe(stage: Stage) -> str:
+    """`prune/magnitude (sparsity 0.5, ...)`: the method and the settings that are not null."""
+    shown = {f.name: getattr(stage, f.name) for f in fields(stage)}
+    settings = ", ".join(f"{name} {short(value)}" for name, value in shown.items() if value not in (None, False))
+    return f"{stage.name} ({settings})" if settings else stage.name
+
+
+def short(value: Any) -> str:
+    """A setting in few characters."""
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 60 else f"...{text[-57:]}"

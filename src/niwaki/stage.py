@@ -1,0 +1,119 @@
+"""What a tuning or compression method is, and what it may know about the run it is part of."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from niwaki.errors import ConfigError
+from niwaki.naming import option_name
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import Tensor, nn
+
+    from niwaki.edits import Edit
+    from niwaki.model.anatomy import Anatomy
+
+Term = Callable[[Any, Mapping[str, "Tensor"]], "Tensor"]
+"""A loss term: (student outputs, batch) -> scalar."""
+
+
+class Phase(enum.IntEnum):
+    """When a method acts. The order of a user's list never matters; this one does."""
+
+    SHAPE = 0  # changes the architecture
+    TUNE = 1  # decides which parameters learn
+    PRUNE = 2  # weight links, in the order in which they are stacked: prune, share, quantize
+    SHARE = 3
+    QUANTIZE = 4
+    OBJECTIVE = 5  # adds to the loss
+
+    @property
+    def acts_on_weights(self) -> bool:
+        return Phase.PRUNE <= self <= Phase.QUANTIZE
+
+
+@dataclass
+class Context:
+    """What a stage may use of the run; it never sees the task, the data or the other methods."""
+
+    anatomy: Anatomy
+    targets: dict[str, nn.Linear]  # the linears that weight methods act on, by their name in the bare model
+    steps: int  # optimizer steps of the whole fit
+    seed: int
+    head_learns: bool  # the head is new, so every tuning trains it
+    predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
+    load_teacher: Callable[[str], nn.Module]  # hub name, folder or artifact -> model of the same task
+    records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
+
+
+@dataclass
+class Effects:
+    """What a prepared stage adds to the fit."""
+
+    callbacks: list[pl.Callback] = field(default_factory=list)
+    terms: dict[str, Term] = field(default_factory=dict)
+    settled: int = 0  # first optimizer step at which the model has its final form
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(abc.ABC):
+    """One tuning or compression method.
+
+    Weight methods with `during_fit` stack their links before the fit and train through them; the others
+    (post-training methods) stack the same links after it.
+    """
+
+    phase: ClassVar[Phase]
+    during_fit: ClassVar[bool] = True
+    paper: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """`prune/magnitude`, `lora`: the option that selects this method, which is where its file stands."""
+        return option_name(self)
+
+    def conflict(self, others: Sequence[Stage]) -> str | None:
+        """The reason why this method cannot be combined with one of `others`, or None."""
+        return None
+
+    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
+        """Raise ConfigError where this method cannot act on such a model; called on an empty model of the
+        right shapes (meta device), before any weight is loaded."""
+        return None
+
+    @abc.abstractmethod
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        """Change the model in place before the fit (or after it, without `during_fit`)."""
+
+    def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
+        """After the fold: bring the model into the form that is saved; return the edits that rebuild it."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Stage):
+    """A stage that decides which parameters learn."""
+
+    phase: ClassVar[Phase] = Phase.TUNE
+
+    def link(self, model: nn.Module, context: Context) -> None:
+        """Make this tuning's weight delta, if it has one, the first link of the weight chain."""
+        return None
+
+
+def ordered(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages in the order in which they act."""
+    return sorted(stages, key=lambda stage: (stage.phase, stage.name))
+
+
+def refuse_conflicts(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError, naming both methods and the reason, for the first pair that cannot be combined."""
+    for stage in stages:
+        others = [other for other in stages if other is not stage]
+        if reason := stage.conflict(others):
+            raise ConfigError(reason)

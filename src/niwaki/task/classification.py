@@ -1,0 +1,91 @@
+"""Classification of a text or of a pair of texts, one label each (Devlin et al. 2019, arXiv:1810.04805, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from niwaki.data.columns import labels_of
+from niwaki.data.source import Needs
+from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """softmax(head(pooled text)); accuracy, macro F1 and Matthews correlation."""
+
+    needs: ClassVar[Needs] = Needs(required=("text", "label"), optional=("text_pair",))
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    metric: ClassVar[str] = "accuracy"
+    paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
+
+    def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(labels_of(dict(splits), "label"))
+
+    def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
+        encoded = self._tokenize(rows, tokenizer)
+        if "label" in rows:
+            index = {label: i for i, label in enumerate(labels)}
+            encoded["labels"] = [index[label] for label in rows["label"]]
+        return encoded
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        batch = pad(features, tokenizer)
+        if "labels" in features[0]:
+            batch["labels"] = torch.tensor([row["labels"] for row in features])
+        return batch
+
+    def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        return outputs.logits, batch["labels"]
+
+    def scores(self, labels: Sequence[str]) -> Scores:
+        return ClassScores(len(labels))
+
+    def answers(
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+    ) -> Iterator[dict[str, Any]]:
+        for part in batched(rows):
+            encoded = self._tokenize({key: [row[key] for row in part] for key in part[0]}, tokenizer)
+            features = [{key: values[i] for key, values in encoded.items()} for i in range(len(part))]
+            batch = {k: v.to(model.device) for k, v in pad(features, tokenizer).items()}
+            for row, chances in zip(part, model(**self.inputs(batch)).logits.float().softmax(-1), strict=True):
+                best = int(chances.argmax())
+                spread = {label: round(float(p), 4) for label, p in zip(labels, chances, strict=True)}
+                yield {**row, "label": labels[best], "score": round(float(chances[best]), 4), "scores": spread}
+
+    def _tokenize(self, rows: Rows, tokenizer: Any) -> Rows:
+        pairs = (rows["text_pair"],) if "text_pair" in rows else ()
+        encoded = dict(tokenizer(rows["text"], *pairs, truncation=True, max_length=self.max_length))
+        encoded.pop("attention_mask", None)
+        if not pairs:
+            encoded.pop("token_type_ids", None)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+
+class ClassScores(Scores):
+    """accuracy, f1 (macro), mcc and mean loss, from torchmetrics."""
+
+    def __init__(self, classes: int) -> None:
+        from torchmetrics import MeanMetric, MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+
+        self._loss = MeanMetric()
+        self._metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "f1": MulticlassF1Score(classes, average="macro"),
+                "mcc": MulticlassMatthewsCorrCoef(classes),
+            }
+        )
+
+    def update(self, outputs: Any, batch: Batch) -> None:
+        logits, labels = outputs.logits.float().cpu(), batch["labels"].cpu()
+        self._metrics.update(logits.argmax(-1), labels)
+        self._loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
+
+    def compute(self) -> dict[str, float]:
+        return {**{name: float(v) for name, v in self._metrics.compute().items()}, "loss": float(self._loss.compute())}

@@ -1,0 +1,120 @@
+"""What a task is: a head, the columns it needs, its features, its loss, its scores, and readable answers."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from niwaki.data.source import Needs
+from niwaki.errors import ConfigError
+from niwaki.naming import option_name
+
+IGNORED = -100  # the label of a position that does not count
+Batch = Mapping[str, Tensor]
+Rows = dict[str, list[Any]]
+
+
+class Scores(abc.ABC):
+    """Gathers the metrics of one pass over a split."""
+
+    @abc.abstractmethod
+    def update(self, outputs: Any, batch: Batch) -> None: ...
+
+    @abc.abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Metric values by their usual names."""
+
+    def report(self) -> dict[str, Any]:
+        """What is more than a number (a table per class), for metrics.json."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """One kind of problem. It holds settings only; labels and tokenizer are handed to it."""
+
+    needs: ClassVar[Needs]
+    auto_class: ClassVar[str]  # the transformers class that loads backbone and head
+    metric: ClassVar[str]  # the score to watch
+    mode: ClassVar[Literal["max", "min"]] = "max"
+    head_learns: ClassVar[bool] = True
+    whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
+    paper: ClassVar[str] = ""
+
+    max_length: int = 128
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 4:
+            raise ConfigError(f"task.max_length={self.max_length}: needs a whole number of at least 4")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing={self.label_smoothing}: needs a number in 0..1, below 1")
+
+    @property
+    def name(self) -> str:
+        """`classification`: the option that selects this task, which is where its file stands."""
+        return option_name(self)
+
+    def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
+        """The classes, in the order of the head's outputs; empty where there are none."""
+        return ()
+
+    @abc.abstractmethod
+    def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
+        """Columns of text to columns of features: `input_ids`, `labels`, `length` and what else is needed."""
+
+    @abc.abstractmethod
+    def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        """Rows of features to one padded batch."""
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the model's forward takes."""
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+    @abc.abstractmethod
+    def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (positions, classes) and labels (positions,) of the positions that count."""
+
+    def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy over the positions that count."""
+        logits, labels = self.counted(outputs, batch)
+        return functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+    def predictions(self, outputs: Any, batch: Batch) -> Tensor:
+        """Logits (positions, classes) of the positions that count."""
+        return self.counted(outputs, batch)[0]
+
+    @abc.abstractmethod
+    def scores(self, labels: Sequence[str]) -> Scores:
+        """A fresh gatherer of this task's metrics."""
+
+    @abc.abstractmethod
+    def answers(self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+        """What the model says of raw rows, one readable dictionary each, in order."""
+
+
+def pad(features: list[dict[str, Any]], tokenizer: Any, *, labels: bool = False) -> dict[str, Tensor]:
+    """Pad `input_ids` and its companions on the right to the longest row; `labels` (per token) with IGNORED."""
+    width = max(len(row["input_ids"]) for row in features)
+    fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    if labels:
+        fill["labels"] = IGNORED
+    for row in features:
+        row.setdefault("attention_mask", [1] * len(row["input_ids"]))
+    return {
+        name: torch.tensor([list(row[name]) + [value] * (width - len(row[name])) for row in features])
+        for name, value in fill.items()
+        if name in features[0]
+    }
+
+
+def batched(rows: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:
+    """`rows` in pieces of `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,22 @@
+"""Linear probing: only the head (and the pooler below it) learns (Alain & Bengio 2016, arXiv:1610.01644)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from niwaki.stage import Context, Effects, Tuning
+from niwaki.tuning.freeze import train_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(Tuning):
+    """Train what stands above the blocks. In a language model with tied embeddings that is the embedding too."""
+
+    paper: ClassVar[str] = "Alain & Bengio 2016, arXiv:1610.01644"
+
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        train_only(model, context.anatomy.head_parameters().values())
+        return Effects()

@@ -1,0 +1,95 @@
+"""A tuned, compressed weight is a function of the base weight: links stacked on a linear, folded in the end.
+
+    W_effective = quantize( share( prune( W + delta_tuning ) ) )
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from niwaki.stage import Phase
+
+
+class Link(nn.Module, abc.ABC):
+    """One function of the chain, (out, in) -> (out, in). Its state (mask, codebook ...) is in its buffers."""
+
+    phase: ClassVar[Phase]
+
+    @abc.abstractmethod
+    def forward(self, weight: Tensor) -> Tensor: ...
+
+    def record(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is left of this link when the chain is folded; `weight` is what enters the link."""
+        return {}
+
+
+L = TypeVar("L", bound=Link)
+
+
+def stack(linear: nn.Linear, link: Link) -> None:
+    """Put `link` on top of the chain of `linear`; the phases along a chain must rise."""
+    present = [existing.phase for existing in links(linear)]
+    assert not present or present[-1] < link.phase, f"{link.phase!r} stacked on {present}"
+    parametrize.register_parametrization(linear, "weight", link)
+
+
+def links(linear: nn.Module) -> list[Link]:
+    """The chain of `linear`, base first."""
+    return list(linear.parametrizations.weight) if parametrize.is_parametrized(linear, "weight") else []  # type: ignore[arg-type, union-attr]
+
+
+def find(linear: nn.Module, kind: type[L]) -> L | None:
+    """The link of this kind on `linear`."""
+    return next((link for link in links(linear) if isinstance(link, kind)), None)
+
+
+def entering(linear: nn.Module, link: Link) -> Tensor:
+    """The weight that enters `link`: the base weight through all the links below it. (out, in), no gradient."""
+    with torch.no_grad():
+        weight = linear.parametrizations.weight.original.detach()  # type: ignore[union-attr]
+        for below in links(linear):
+            if below is link:
+                return weight
+            weight = below(weight)
+    raise AssertionError("the link is not on this linear")
+
+
+def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
+    """Bake every chain into its weight. Returns, by target, what its links recorded."""
+    records = {}
+    with torch.no_grad():
+        for name, linear in targets.items():
+            chain = links(linear)
+            if not chain:
+                continue
+            records[name] = {k: v for link in chain for k, v in link.record(entering(linear, link)).items()}
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    return records
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that more than one module owns (tied weights)."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {identity for identity, count in owners.items() if count > 1}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `name` stands."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear below `module`, with its name."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            yield name, child

@@ -1,0 +1,256 @@
+"""Local files: each format read, each mistake named with its file and line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from niwaki.data.files import Files
+from niwaki.data.source import Needs
+from niwaki.errors import ConfigError, DataError
+
+CLASSIFY = Needs(required=("text", "label"), optional=("text_pair",))
+TAG = Needs(required=("tokens", "tags"))
+TEXT = Needs(required=("text",))
+ROWS = [
+    {"text": 'good, "very" good', "label": "1"},
+    {"text": "two\nlines", "label": "0"},
+    {"text": "é", "label": "1"},
+]
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def read(path: str, needs: Needs = CLASSIFY, **options) -> list[dict]:
+    splits = Files(train=path, validation=path, test=path, **options).splits(needs, 0)
+    assert [split[:] for split in splits.values()] == [splits["train"][:]] * 3
+    return list(splits["train"])
+
+
+def error(path: str, needs: Needs = CLASSIFY, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        read(path, needs, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(path, "FILE")
+
+
+def test_csv(tmp_path: Path) -> None:
+    content = 'text,label\r\n"good, ""very"" good",1\r\n"two\nlines",0\r\n\r\né,1\r\n'
+    assert read(write(tmp_path / "a.csv", content)) == ROWS
+
+
+def test_csv_with_a_byte_order_mark_and_a_long_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\ufefftext,label\n" + "x" * 200_000 + ",1\n")
+    assert len(read(path)[0]["text"]) == 200_000
+
+
+def test_csv_names_the_line_with_another_column_count(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text,label\n"a\nb",1\nc,1,2\n')
+    assert error(path) == "data.train=FILE line 4: 3 columns, but the header has 2"
+
+
+def test_csv_names_the_line_where_a_multiline_row_begins(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text,label\n"a\nb",1\n"c\nd",\n')
+    assert error(path) == "data.train=FILE line 4: column 'label' is empty"
+
+
+def test_csv_with_an_open_quote_or_a_column_twice(tmp_path: Path) -> None:
+    assert "line 3: unexpected end" in error(write(tmp_path / "a.csv", 'text,label\n"a,1\nb,2\n'))
+    assert "column 'text' is named twice" in error(write(tmp_path / "b.csv", "text,text\na,b\n"))
+
+
+def test_tsv_takes_quotes_as_they_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"so he said\t1\n')
+    assert read(path) == [{"text": '"so he said', "label": "1"}]
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    content = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    assert read(write(tmp_path / "a.jsonl", content + "\n\n")) == ROWS
+    assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(content.encode()))) == ROWS
+    assert read(write(tmp_path / "data", content), format="jsonl") == ROWS
+
+
+def test_jsonl_keeps_unusual_line_separators(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a\u2028b\x85c", "label": true}\r\n')
+    assert read(path) == [{"text": "a\u2028b\x85c", "label": "True"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{bad}", "line 3: not JSON: Expecting property name enclosed in double quotes at character 2"),
+        ("[1]", 'line 3: is a list, must be an object such as {"text": "..."}'),
+        ('{"text": "", "label": "a"}', "line 3: column 'text' is empty"),
+        ('{"label": "a"}', "line 3: column 'text' is empty"),
+        ('{"text": "b"}', "line 3: column 'label' is empty"),
+        ('{"text": 5, "label": "a"}', "line 3: column 'text' is int 5, but str in the rows before"),
+    ],
+)
+def test_jsonl_names_the_line(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "x", "label": "a"}\n\n' + line + "\n")
+    assert error(path) == f"data.train=FILE {message}"
+
+
+def test_columns_that_no_task_reads_may_hold_anything(tmp_path: Path) -> None:
+    lines = [{"text": "x", "label": "a", "extra": 1}, {"text": "y", "label": "b", "extra": [{"z": "w"}]}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    assert [row["text"] for row in read(path)] == ["x", "y"]
+
+
+def test_a_missing_column_names_file_columns_and_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"sentence": "x", "label": "a"}\n')
+    message = (
+        "data.train=FILE: no column 'text'; found sentence, label; name it with data.columns.text=sentence"
+    )
+    assert error(path) == message
+    assert read(path, columns={"text": "sentence"}) == [{"text": "x", "label": "a"}]
+
+
+def test_json_list(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.json", json.dumps(ROWS, indent=1))) == ROWS
+    assert read(write(tmp_path / "b.json", "\n".join(map(json.dumps, ROWS)))) == ROWS
+    assert error(write(tmp_path / "c.json", '[{"text": "x", "label": "a"}, 7]')).startswith(
+        "data.train=FILE row 2: is a int"
+    )
+    assert "line 2: not JSON" in error(write(tmp_path / "d.json", '[\n{"text"}]'))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    table = pa.table({"text": ["x", "y"], "label": pa.array(["a", "b"]).dictionary_encode()})
+    parquet.write_table(table, path)
+    assert read(path) == [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}]
+
+
+def test_parquet_keeps_class_names(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    Dataset.from_dict({"text": ["x"], "label": [1]}, features=features).to_parquet(path)
+    assert read(path) == [{"text": "x", "label": "good"}]
+
+
+def test_parquet_errors(tmp_path: Path) -> None:
+    assert "not a readable Parquet file" in error(write(tmp_path / "a.parquet", "not parquet"))
+    path = str(tmp_path / "b.parquet")
+    parquet.write_table(pa.table({"text": ["x", None], "label": [1, 2]}), path)
+    assert error(path) == "data.train=FILE row 2: column 'text' is empty"
+
+
+def test_conll_columns_become_iob2(tmp_path: Path) -> None:
+    content = (
+        "-DOCSTART- -X- O O\n\nEU NNP I-NP I-ORG\nand CC O O\nUN NNP I-NP I-ORG\nTom NNP I-NP B-PER\n"
+        "Hanks NNP I-NP I-PER\n\n\nPeter NNP I-NP I-PER\nUN NNP I-NP I-ORG\nWHO NNP I-NP B-ORG\n"
+    )
+    assert read(write(tmp_path / "a.conll", content), TAG) == [
+        {"tokens": ["EU", "and", "UN", "Tom", "Hanks"], "tags": ["B-ORG", "O", "B-ORG", "B-PER", "I-PER"]},
+        {"tokens": ["Peter", "UN", "WHO"], "tags": ["B-PER", "B-ORG", "B-ORG"]},
+    ]
+
+
+def test_conll_with_tabs_at_the_end_of_the_file(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.txt", "a\tO\r\n\r\nb\tB-X"), TAG, format="conll") == [
+        {"tokens": ["a"], "tags": ["O"]},
+        {"tokens": ["b"], "tags": ["B-X"]},
+    ]
+
+
+def test_conll_names_the_line_with_another_column_count(tmp_path: Path) -> None:
+    assert (
+        error(write(tmp_path / "a.conll", "a O\n\nb X O\n"), TAG)
+        == "data.train=FILE line 3: 3 columns, must be 2"
+    )
+    assert (
+        error(write(tmp_path / "b.conll", "a\n"), TAG) == "data.train=FILE line 1: 1 columns, must be 2 to 4"
+    )
+
+
+def test_txt_rows_joined_are_the_file(tmp_path: Path) -> None:
+    content = "one\r\n\n  two\n\n\nthree\u2028four\x0bfive\n\nlast"
+    path = write(tmp_path / "a.txt", content)
+    splits = Files(train=path, validation=path).splits(TEXT, 3)
+    assert "".join(splits["validation"]["text"]) == content
+    assert "".join(splits["train"]["text"]) + "".join(splits["test"]["text"]) == content
+    assert splits["test"].num_rows == 1
+
+
+def test_wrong_encoding_names_the_byte(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"text,label\ncaf\xe9,1\n")
+    expected = "data.train=FILE: not UTF-8: byte 0xe9 at position 14 (line 2); save the file as UTF-8"
+    assert error(path) == expected
+    assert "byte 0xe9 at position 17" in error(
+        write(tmp_path / "b.csv", b"\xef\xbb\xbftext,label\ncaf\xe9,1\n")
+    )
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.conll", "a.txt"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    assert error(write(tmp_path / name, "")) == "data.train=FILE: has no rows"
+
+
+def test_a_header_alone_is_refused(tmp_path: Path) -> None:
+    assert error(write(tmp_path / "a.csv", "text,label\n")) == "data.train=FILE: has no rows"
+
+
+def test_missing_files_folders_and_broken_archives(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    assert error(str(tmp_path / "none.csv")) == "data.train=FILE: no such file"
+    assert error(str(tmp_path / "none.parquet")) == "data.train=FILE: no such file"
+    assert error(str(tmp_path / "folder.csv")) == "data.train=FILE: is a folder; name a file"
+    assert "cannot be read" in error(write(tmp_path / "a.csv.gz", "plain"))
+    assert "cannot be read" in error(
+        write(tmp_path / "b.csv.gz", gzip.compress(b"text,label\na,b\n" * 99)[:-20])
+    )
+
+
+def test_errors_name_the_split_and_file_among_several(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.csv", "text,label\na,1\nb,2\n")
+    bad = write(tmp_path / "bad.csv", "label,text\n1,c\n2,\n")
+    with pytest.raises(DataError, match=r"data\.train=.*bad\.csv line 3: column 'text' is empty"):
+        Files(train=[good, bad], validation=good, test=good).splits(CLASSIFY, 0)
+    with pytest.raises(DataError, match=r"data\.test=.*bad\.csv line 3"):
+        Files(train=good, validation=good, test=bad).splits(CLASSIFY, 0)
+    other = write(tmp_path / "other.csv", "text\na\n")
+    with pytest.raises(DataError, match=r"other\.csv: has columns text, but .*good\.csv has text, label"):
+        Files(train=[good, other], validation=good, test=good).splits(CLASSIFY, 0)
+
+
+def test_several_training_files_are_joined(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / "a.csv", "text,label\na,1\n"),
+        write(tmp_path / "b.jsonl", '{"label": "2", "text": "b"}\n'),
+    ]
+    splits = Files(train=paths, validation=paths[0], test=paths[0]).splits(CLASSIFY, 0)
+    assert splits["train"][:] == {"text": ["a", "b"], "label": ["1", "2"]}
+
+
+def test_relative_paths_start_at_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.csv", "text,label\na,1\n")
+    monkeypatch.chdir(tmp_path)
+    assert read("a.csv") == [{"text": "a", "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": "a.csv", "format": "xml"}, r"data\.format='xml': must be null or one of csv, tsv"),
+        ({"train": "a.doc"}, r"data\.train=a\.doc: unknown ending; set data\.format to one of csv"),
+        ({"train": "a.parquet.gz"}, "unknown ending"),
+        ({"train": "a.csv", "test": "noending"}, r"data\.test=noending: unknown ending"),
+        ({"train": []}, r"data\.train=\[\]: must be a path or a list"),
+        ({"train": 5}, r"data\.train=5"),
+        ({"train": "a.csv", "validation": ""}, r"data\.validation='': must be a path"),
+        ({"train": ["a.csv", "b.txt"]}, "txt files cannot be mixed"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Files(**options)
