@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,10 +48,19 @@ if act == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     (folder / "waits").touch()
     time.sleep(60)
+if act == "count":
+    came = []
+    signal.signal(signal.SIGINT, lambda *_: came.append(time.monotonic()))
+    (folder / "waits").touch()
+    while not came or time.monotonic() < came[0] + 0.5:
+        time.sleep(0.01)
+    (folder / "count").write_text(str(len(came)))
+    sys.exit(130)
 side = {"test": {"accuracy": 0.9}, "parameters": 10, "nonzero": 10, "bytes": 40, "latency_ms": 1.0}
 metrics = {
-    "schema": 1, "task": "classification", "tuning": config.get("tuning", "full"), "compression": [], "data": "d",
-    "model": "m", "seed": config.get("seed", 0), "metric": "accuracy", "mode": "max", "before": None,
+    "schema": 1, "task": "classification", "compression": [],
+    "tuning": config.get("tuning", "full"),
+    "data": "d", "model": "m", "seed": config.get("seed", 0), "metric": "accuracy", "mode": "max", "before": None,
     "after": {**side, "throughput": 10.0}, "train_seconds": 1.0,
 }
 (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -194,6 +204,16 @@ def test_points_that_look_alike_do_not_share_a_folder(folder, command):
     assert all(len(starts(run)) == 1 for run in runs)
 
 
+def test_points_that_look_alike_and_fail_do_not_share_a_folder(folder, command):
+    alike = [
+        Point(overrides=(f"x={x}", "act=fail"), swept=(f"x={x}",), config={"x": x, "act": "fail"})
+        for x in ("a/b", "a.b")
+    ]
+    assert run_study(alike, folder, command) == 1
+    assert len(starts(folder / "x=a.b")) == 1
+    assert len(starts(folder / f"x=a.b-{digest(alike[1].config)}")) == 1
+
+
 def test_a_broken_report_does_not_lose_the_study(folder, command, capsys):
     stray = folder / "stray"
     stray.mkdir(parents=True)
@@ -225,7 +245,8 @@ from pathlib import Path
 from niwaki.errors import UserError
 from niwaki.study import Point, run_study
 
-points = [Point(overrides=(f"act={a}",), swept=(f"act={a}",), config={"act": a}) for a in sys.argv[3].split(",")]
+acts = sys.argv[3].split(",")
+points = [Point(overrides=(f"act={act}",), swept=(f"act={act}",), config={"act": act}) for act in acts]
 try:
     sys.exit(run_study(points, Path(sys.argv[1]), [sys.executable, sys.argv[2]]))
 except UserError as error:
@@ -282,6 +303,13 @@ def test_a_second_stop_ends_the_run_at_once(start):
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "stopping: at once" in said
+
+
+def test_ctrl_c_of_the_terminal_reaches_the_run_once(folder, start):
+    process = start("count", "act=count/waits")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the study and all in its group
+    process.communicate(timeout=20)
+    assert (folder / "act=count" / "count").read_text() == "1"
 
 
 def test_a_second_study_on_the_folder_is_refused(folder, command, start):

@@ -22,6 +22,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -82,6 +83,7 @@ def compose(overrides: Sequence[str]) -> Composed:
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             whole = hydra_compose("train", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)  # for references to Hydra's own part, such as the chosen task
         refuse_foreign_plugins(OmegaConf.to_container(whole.hydra, resolve=False))
         hydra = whole.hydra
         choices = hydra.runtime.choices

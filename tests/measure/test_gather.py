@@ -194,9 +194,7 @@ def test_unknown_names_are_refused_in_one_line(study, arguments, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["{", '{"schema": 1, "after": {"bytes": NaN}}', "[]", '{"schema": 2}', '{"schema": 1}']
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 2}', '{"schema": 1}'])
 def test_broken_metrics_name_the_file(tmp_path, write, content):
     path = write("a") / "metrics.json"
     path.write_text(content)
@@ -204,6 +202,13 @@ def test_broken_metrics_name_the_file(tmp_path, write, content):
         gather([tmp_path])
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_no_number_is_broken_metrics(tmp_path, write):
+    path = write("a", float("nan")) / "metrics.json"
+    with pytest.raises(ArtifactError, match="holds NaN") as error:
+        gather([tmp_path])
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "just words", "\0"])
@@ -218,9 +223,9 @@ def test_broken_config_names_the_file(tmp_path, write, content):
 
 def test_a_folder_without_a_run_is_refused(study, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no run in .*empty"):
+    with pytest.raises(ConfigError, match=r"no run in .*empty"):
         gather([study / "full0", tmp_path / "empty"])
-    with pytest.raises(ConfigError, match="no folder .*nowhere"):
+    with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
         gather([tmp_path / "nowhere"])
 
 

@@ -86,8 +86,8 @@ class Batches(DataLoader):
     `dataset` is read by lists of row numbers; `collate` turns a list of rows (dicts) into a batch.
     `seed=None` is the order for evaluation. Lightning saves the state in each checkpoint and restores it; a
     restored loader serves exactly the batches that were left. Lightning must run with
-    `use_distributed_sampler=False`. With `max_steps`, save by steps or after validation: Lightning 2.6 miscounts
-    after a checkpoint of a training epoch's end.
+    `use_distributed_sampler=False`. With `max_steps`, save by steps or after validation: Lightning 2.6
+    miscounts after a checkpoint of a training epoch's end.
     """
 
     batch_sampler: BucketBatches

@@ -23,6 +23,11 @@ class Shelf:
             """Inner."""
 if True:
     async def fetch(url, /, *, retries): "Fetch it."
+try:
+    pass
+except OSError:
+    class Spare:
+        def take(self): "Take it."
 '''
 
 
@@ -35,6 +40,7 @@ def test_all_docstrings_are_found_with_group_and_parameters(tmp_path: Path) -> N
         "Put items.": "pack.a.Shelf",
         "Inner.": "pack.a.Shelf",
         "Fetch it.": "pack.a.fetch",
+        "Take it.": "pack.a.Spare",
     }
     assert found["A shelf."].parameters is None
     assert found["Put items."].parameters == {"name", "items", "options"}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 CONSTANTS = frozenset({"None", "True", "False"})
 # Not object, set, type, range, slice, complex: in prose these are mostly plain words.
 TYPES = frozenset(
@@ -44,17 +46,24 @@ def docstrings_of(path: Path, module: str) -> Iterator[Docstring]:
         return
     if text := ast.get_docstring(tree):
         yield Docstring(module=module, group=module, text=text, parameters=None)
-    for node in tree.body:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                group = f"{module}.{node.name}" if hasattr(node, "name") else f"{module}.{inner.name}"
-                if text := ast.get_docstring(inner):
-                    yield _docstring(inner, module, group, text)
+    for statement in tree.body:
+        for outermost, node in _definitions(statement, None):
+            if text := ast.get_docstring(node):
+                yield _docstring(node, module, f"{module}.{outermost}", text)
 
 
-def _docstring(
-    node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, module: str, group: str, text: str
-) -> Docstring:
+def _definitions(statement: ast.AST, outermost: str | None) -> Iterator[tuple[str, Definition]]:
+    """Classes and functions in a statement, each with the name of the outermost one that holds it."""
+    if isinstance(statement, Definition):
+        outermost = outermost or statement.name
+        yield outermost, statement
+    # Not ast.walk: it would visit every expression, ten times the work.
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for inner in getattr(statement, block, ()):
+            yield from _definitions(inner, outermost)
+
+
+def _docstring(node: Definition, module: str, group: str, text: str) -> Docstring:
     if isinstance(node, ast.ClassDef):
         return Docstring(module=module, group=group, text=text, parameters=None)
     arguments = node.args
