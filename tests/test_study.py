@@ -60,7 +60,8 @@ side = {"test": {"accuracy": 0.9}, "parameters": 10, "nonzero": 10, "bytes": 40,
 metrics = {
     "schema": 1, "task": "classification", "compression": [],
     "tuning": config.get("tuning", "full"),
-    "data": "d", "model": "m", "seed": config.get("seed", 0), "metric": "accuracy", "mode": "max", "before": None,
+    "data": "d", "model": "m", "seed": config.get("seed", 0), "metric": "accuracy", "mode": "max",
+    "before": None,
     "after": {**side, "throughput": 10.0}, "train_seconds": 1.0,
 }
 (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -261,9 +262,8 @@ def start(folder, command):
 
     def one(acts, until=None):
         arguments = [sys.executable, "-c", STUDY, str(folder), command[1], acts]
-        running.append(
-            subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running.append(subprocess.Popen(arguments, text=True, process_group=0, **streams))
         deadline = time.monotonic() + 20
         while until is not None and not (folder / until).exists():
             assert time.monotonic() < deadline, "the study did not get there"

@@ -61,8 +61,11 @@ class PatientStopping(EarlyStopping):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(CallbackSettings):
-    """`checkpoints/last.ckpt`, at the end of every epoch or every `every_steps` optimizer steps, to go on from; and,
-    with `best`, `checkpoints/best.ckpt`, the best on validation, which is what the run then goes on with."""
+    """`checkpoints/last.ckpt`, after every validation or every `every_steps` optimizer steps, to go on from; and,
+    with `best`, `checkpoints/best.ckpt`, the best on validation, which is what the run then goes on with.
+
+    Nothing is saved at the end of an epoch itself: Lightning 2.6 would resume from there one batch too late.
+    """
 
     best: bool = True
     every_steps: int | None = None
@@ -74,8 +77,7 @@ class Checkpoint(CallbackSettings):
     def build(self, watch: Watch) -> list[pl.Callback]:
         common: dict[str, Any] = {"dirpath": watch.folder, "save_top_k": 1, "enable_version_counter": False}
         last = ModelCheckpoint(
-            filename="last", every_n_train_steps=self.every_steps,
-            save_on_train_epoch_end=None if self.every_steps else True, **common,
+            filename="last", every_n_train_steps=self.every_steps, save_on_train_epoch_end=False, **common
         )  # fmt: skip
         best = BestCheckpoint(
             watch.settled, filename="best", monitor=watch.metric, mode=watch.mode, save_weights_only=True,

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
 
 from niwaki.callbacks import CallbackSettings, Clock, Interruption, Watch
 from niwaki.data.corpus import Corpus
+from niwaki.edits import Edit
 from niwaki.logger import LoggerSettings
 from niwaki.measure.size import peak_memory_mb
 from niwaki.module import DivergedError, Learner
 from niwaki.recipe import Recipe
-from niwaki.stage import Effects
+from niwaki.stage import Context, Effects, Term
+
+
+@dataclass
+class Work:
+    """A model in the making: what the stages have done to it, and what they add to the fit."""
+
+    model: Any
+    base_config: dict[str, Any]  # before any edit
+    context: Context
+    edits: list[Edit] = field(default_factory=list)
+    callbacks: list[pl.Callback] = field(default_factory=list)
+    terms: dict[str, Term] = field(default_factory=dict)
+    settled: int = 0  # first optimizer step at which the model has its final form
+
+    def add(self, effects: Effects) -> None:
+        """Take in what a prepared stage adds."""
+        self.callbacks += effects.callbacks
+        self.terms |= effects.terms
+        self.settled = max(self.settled, effects.settled)
 
 
 @dataclass(frozen=True)
@@ -48,24 +67,22 @@ class Fitted:
 
 
 def fit(
-    recipe: Recipe, corpus: Corpus, model: nn.Module, effects: Sequence[Effects], folder: Path,
-    config: Mapping[str, Any], *, steps: int, resume: bool,
-) -> Fitted:  # fmt: skip
-    """Train `model` in place; leaves it with the best settled weights where the checkpoint callback keeps them.
+    recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mapping[str, Any], *, resume: bool
+) -> Fitted:
+    """Train the model in place; leaves it with the best settled weights where the checkpoint callback keeps them.
 
     Raises:
         DivergedError: the loss is not finite; the last good checkpoint is kept and named.
         StoppedError: asked to stop by a signal; a checkpoint was saved.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints, model = folder / "checkpoints", work.model
     learner = Learner(
         model, task=recipe.task, labels=corpus.labels, optimizer=recipe.optimizer, schedule=recipe.schedule,
-        steps=steps, terms={name: term for e in effects for name, term in e.terms.items()},
-        task_weight=recipe.task_weight,
+        steps=work.context.steps, terms=work.terms, task_weight=recipe.task_weight,
     )  # fmt: skip
     logger = recipe.logger.build(folder, config)
     clock = Clock()
-    callbacks = [*callbacks_of(recipe, effects, checkpoints, bool(logger)), clock]
+    callbacks = [*callbacks_of(recipe, work, checkpoints, bool(logger)), clock]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer = recipe.trainer.build(folder, logger, callbacks)
     last = checkpoints / "last.ckpt"
@@ -86,12 +103,11 @@ def fit(
     )
 
 
-def callbacks_of(recipe: Recipe, effects: Sequence[Effects], checkpoints: Path, logged: bool) -> list[pl.Callback]:
+def callbacks_of(recipe: Recipe, work: Work, checkpoints: Path, logged: bool) -> list[pl.Callback]:
     """The stages' callbacks first (masks are drawn before a checkpoint is saved), then the configured ones."""
-    settled = max((e.settled for e in effects), default=0)
-    watch = Watch(checkpoints, f"validation/{recipe.task.metric}", recipe.task.mode, settled, logged)
+    watch = Watch(checkpoints, f"validation/{recipe.task.metric}", recipe.task.mode, work.settled, logged)
     hint = f"python train.py resume={shlex.quote(str(checkpoints.parent))}"
-    found = [callback for e in effects for callback in e.callbacks]
+    found = list(work.callbacks)
     for settings in recipe.callbacks.values():
         found += settings.build(watch) if isinstance(settings, CallbackSettings) else [settings]
     return [*found, Interruption(checkpoints / "last.ckpt", hint)]

@@ -13,13 +13,12 @@ from torch import nn
 from niwaki import artifact
 from niwaki.console import Console
 from niwaki.data.corpus import Corpus
-from niwaki.edits import Edit
-from niwaki.fit import fit
+from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.teacher import load_teacher
 from niwaki.recipe import Recipe
-from niwaki.stage import Context, Effects, Phase, Stage, refuse_conflicts
+from niwaki.stage import Context, Phase, Stage, refuse_conflicts
 from niwaki.weights import fold
 
 
@@ -38,29 +37,37 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     console.plan(recipe, corpus)
 
-    model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)  # load
-    base_config = model.config.to_dict()
+    model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
     before = sides.before(recipe, corpus, model, folder)
-    edits = recipe.model.cut(model)  # shape
-    context = context_of(recipe, corpus, model)
-    effects = [stage.prepare(model, context) for stage in of_phase(recipe, Phase.SHAPE)]
-    context.targets.update(context.anatomy.linears())
-    effects.append(recipe.tuning.prepare(model, context))  # tune
-    effects += stack(recipe, model, context, during_fit=True)  # weights
-    effects += [stage.prepare(model, context) for stage in of_phase(recipe, Phase.OBJECTIVE)]
+    work = assemble(recipe, corpus, model)
     console.learning(model)
-    fitted = fit(recipe, corpus, model, effects, folder, config, steps=context.steps, resume=resume)
-    stack(recipe, model, context, during_fit=False)
-    edits += fold_and_convert(recipe, model, context)
+    fitted = fit(recipe, corpus, work, folder, config, resume=resume)
+    settle(recipe, work)
+    fold_and_convert(recipe, work)
     artifact.save(
         folder / "model", model=model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
-        base_config=base_config, edits=edits,
+        base_config=work.base_config, edits=work.edits,
     )  # fmt: skip
-    metrics = sides.compare(recipe, corpus, model, folder, before, fitted.facts(), list(context.targets))
+    metrics = sides.compare(recipe, corpus, model, folder, before, fitted.facts(), list(work.context.targets))
     sides.write(folder, metrics, config)
     fitted.close(metrics)
     console.result(metrics, folder)
     return metrics
+
+
+def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
+    """Everything between load and fit: shape, tune, weights, objective."""
+    context = context_of(recipe, corpus, model)
+    work = Work(model, model.config.to_dict(), context)
+    work.edits += recipe.model.cut(model)
+    for stage in of_phase(recipe, Phase.SHAPE):
+        work.add(stage.prepare(model, context))
+    context.targets.update(context.anatomy.linears())
+    work.add(recipe.tuning.prepare(model, context))
+    stack(recipe, work, during_fit=True)
+    for stage in of_phase(recipe, Phase.OBJECTIVE):
+        work.add(stage.prepare(model, context))
+    return work
 
 
 def check_on_empty_model(recipe: Recipe, corpus: Corpus) -> None:
@@ -89,17 +96,24 @@ def of_phase(recipe: Recipe, phase: Phase) -> list[Stage]:
     return [stage for stage in recipe.stages if stage.phase is phase]
 
 
-def stack(recipe: Recipe, model: nn.Module, context: Context, *, during_fit: bool) -> list[Effects]:
+def stack(recipe: Recipe, work: Work, *, during_fit: bool) -> None:
     """Stack the links of the weight methods that the fit runs through, or of those that come after it. The tuning's
     delta, where there is one, goes below them."""
     stages = [s for s in recipe.stages if s.phase.acts_on_weights and s.during_fit is during_fit]
     if stages:
-        recipe.tuning.link(model, context)
-    return [stage.prepare(model, context) for stage in stages]
+        recipe.tuning.link(work.model, work.context)
+    for stage in stages:
+        work.add(stage.prepare(work.model, work.context))
 
 
-def fold_and_convert(recipe: Recipe, model: nn.Module, context: Context) -> list[Edit]:
+def settle(recipe: Recipe, work: Work) -> None:
+    """After the fit: the post-training methods take their place in the chains."""
+    work.model.eval()
+    stack(recipe, work, during_fit=False)
+
+
+def fold_and_convert(recipe: Recipe, work: Work) -> None:
     """Bake the chains, merge what is left of the adapters, and put real integers where there were grids."""
-    model.eval()
-    context.records.update(fold(context.targets))
-    return [edit for stage in recipe.stages for edit in stage.finalize(model, context)]
+    work.context.records.update(fold(work.context.targets))
+    for stage in recipe.stages:
+        work.edits += stage.finalize(work.model, work.context)

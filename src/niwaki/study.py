@@ -142,7 +142,7 @@ class Process:
         with log.open("ab") as output:
             # its own group: a Ctrl-C of the terminal reaches it once, through `stop`
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            self.child = subprocess.Popen(arguments, env=environment, process_group=None, **streams)
+            self.child = subprocess.Popen(arguments, env=environment, process_group=0, **streams)
             if self.stopped:
                 self.child.send_signal(signal.SIGINT)
             return self.child.wait()

@@ -104,6 +104,16 @@ def test_a_damaged_file_is_made_again(cache: Path, damage: str) -> None:
     assert path.read_bytes() == content
 
 
+def test_what_a_killed_process_left_is_removed(cache: Path) -> None:
+    encode(texts(10), Lengths(), "key")
+    [path] = cache.glob("*.arrow")
+    path.unlink()
+    stale = cache / f".{path.name}.abc"
+    stale.write_text("half")
+    encode(texts(10), Lengths(), "key")
+    assert not stale.exists()
+
+
 def test_a_failed_function_leaves_nothing(cache: Path) -> None:
     with pytest.raises(KeyError):
         encode(texts(10), lambda batch: {"a": batch["absent"]}, "key")

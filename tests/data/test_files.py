@@ -62,6 +62,11 @@ def test_csv_names_the_line_where_a_multiline_row_begins(tmp_path: Path) -> None
     assert error(path) == "data.train=FILE line 4: column 'label' is empty"
 
 
+def test_csv_counts_the_header_as_line_1(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\n,1\n")
+    assert error(path) == "data.train=FILE line 2: column 'text' is empty"
+
+
 def test_csv_with_an_open_quote_or_a_column_twice(tmp_path: Path) -> None:
     assert "line 3: unexpected end" in error(write(tmp_path / "a.csv", 'text,label\n"a,1\nb,2\n'))
     assert "column 'text' is named twice" in error(write(tmp_path / "b.csv", "text,text\na,b\n"))

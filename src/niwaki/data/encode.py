@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,22 +108,19 @@ def _write(table: "pa.Table", path: Path) -> None:
         Path(name).write_text(_file_hash(path))
 
 
-class _replaced:
-    """A temporary file beside `path` that becomes it when all went well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> str:
-        handle, self.name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        os.close(handle)
-        return self.name
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.name, self.path)
-        else:
-            os.unlink(self.name)
+@contextmanager
+def _replaced(path: Path) -> Iterator[str]:
+    """A temporary file that becomes `path` when all went well. The caller holds the lock of `path`."""
+    for stale in path.parent.glob(f".{path.name}.*"):
+        stale.unlink()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield name
+    except BaseException:
+        os.unlink(name)
+        raise
+    os.replace(name, path)
 
 
 def _is_sound(path: Path) -> bool:

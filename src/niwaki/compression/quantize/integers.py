@@ -28,10 +28,9 @@ def largest_code(bits: int) -> int:
 
 def to_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes on -q..q (floats, same shape) and scales (..., 1), one scale per last axis: absmax / q."""
-    q = largest_code(bits)
-    scale = values.abs().amax(-1, keepdim=True).float() / q
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (values / scale).round_().clamp_(-q, q), scale
+    scale = values.abs().amax(-1, keepdim=True).float() / largest_code(bits)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values / scale).round_(), scale  # within -q..q without clamping: |values / scale| exceeds q by rounding only
 
 
 class StraightThrough(torch.autograd.Function):

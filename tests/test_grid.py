@@ -1,0 +1,268 @@
+"""Every task x tuning x subset of compressions, on tiny random models: each works as promised, or is refused."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from niwaki import artifact, compose
+from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.data.corpus import Corpus
+from niwaki.errors import ConfigError
+from niwaki.fit import fit
+from niwaki.measure.evaluate import evaluate
+from niwaki.pipeline import assemble, check_on_empty_model, fold_and_convert, settle
+from niwaki.stage import refuse_conflicts
+
+TASKS = {"classification": "tiny-bert", "ner": "tiny-bert", "causal_lm": "tiny-llama"}
+TUNINGS = ("full", "head", "bitfit", "lora")
+COMPRESSIONS = ("prune/magnitude", "quantize/int8", "quantize/qat", "distill/logits", "cut")
+STEPS, STOP = 6, 3
+# Codes and scales are the fold's own, so a converted model differs by the rounding of sums alone; a sum that rounds
+# the other way moves a rounded activation by one code, 1/127 of its largest value.
+CONVERT_BOUND = 0.05
+
+SUBSETS = [s for n in range(len(COMPRESSIONS) + 1) for s in itertools.combinations(COMPRESSIONS, n)]
+REFUSED = [s for s in SUBSETS if "quantize/int8" in s and "quantize/qat" in s]
+WORKING = [s for s in SUBSETS if s not in REFUSED]
+
+CHECK_IN_A_FRESH_PROCESS = """
+import json, sys, torch
+from niwaki import artifact
+torch.set_num_threads(1)
+for folder in json.loads(sys.argv[1]):
+    saved = artifact.load(folder)
+    stored = torch.load(folder + "/expected.pt", weights_only=True)
+    with torch.inference_mode():
+        logits = saved.model(**stored["inputs"]).logits
+    assert torch.equal(logits, stored["logits"]), folder
+    print("same", folder)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A few rows for each task."""
+    folder = tmp_path_factory.mktemp("grid-data")
+    words = ["a rose is red", "the sky is blue", "green grass grows here", "red and blue make violet"]
+    rows: dict[str, list[dict[str, Any]]] = {"classification": [], "ner": [], "causal_lm": []}
+    for i in range(24):
+        text = f"{words[i % 4]} {words[(i // 4) % 4]} {i}"
+        tokens = text.split()
+        rows["classification"].append({"text": text, "label": "abc"[i % 3]})
+        rows["ner"].append({"tokens": tokens, "tags": ["B-COLOUR" if t in {"red", "blue"} else "O" for t in tokens]})
+        rows["causal_lm"].append({"text": text})
+    paths = {}
+    for task, found in rows.items():
+        path = folder / f"{task}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+        paths[task] = str(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def teachers(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An untrained artifact of each task, as a teacher."""
+    folder = tmp_path_factory.mktemp("grid-teachers")
+    for task in TASKS:
+        recipe = build(task, "full", (), files, "")
+        corpus, model = load(recipe)
+        work = assemble(recipe, corpus, model)
+        save(folder / task, recipe, corpus, work)
+    return {task: str(folder / task) for task in TASKS}
+
+
+def build(task: str, tuning: str, subset: tuple[str, ...], files: dict[str, str], teacher: str) -> Any:
+    methods = [name for name in subset if name != "cut"]
+    settings = [f"task={task}", f"model={TASKS[task]}", f"tuning={tuning}", f"compression=[{','.join(methods)}]"]
+    path = files[task]
+    settings += ["data=files", f"data.train={path}", f"data.validation={path}", f"data.test={path}"]
+    settings += ["data.batch_size=4", f"trainer.max_steps={STEPS}", "trainer.precision=fp32", "optimizer.lr=1e-3"]
+    settings += ["logger=none", "callbacks=[checkpoint]", "callbacks.checkpoint.best=false"]
+    settings += [f"callbacks.checkpoint.every_steps={STOP}", "task.max_length=32"]
+    if "prune/magnitude" in methods:
+        settings += [f"compression.magnitude.{s}" for s in ("schedule=cubic", "end=0.8", "interval=1")]
+    if "quantize/qat" in methods:
+        settings += ["compression.qat.bits=4", "compression.qat.group=16"]
+    if "distill/logits" in methods:
+        settings += [f"compression.logits.teacher={teacher}"]
+    if "cut" in subset:
+        settings += ["model.layers=[0,2]"]
+    return compose.build(compose.compose(settings).config)
+
+
+def load(recipe: Any) -> tuple[Corpus, Any]:
+    pl.seed_everything(recipe.seed, verbose=False)
+    corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
+    check_on_empty_model(recipe, corpus)
+    return corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed)
+
+
+def save(folder: Path, recipe: Any, corpus: Corpus, work: Any) -> None:
+    artifact.save(
+        folder, model=work.model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
+        base_config=work.base_config, edits=work.edits,
+    )  # fmt: skip
+
+
+def first_batch(recipe: Any, corpus: Corpus) -> dict[str, torch.Tensor]:
+    return recipe.task.inputs(next(iter(corpus.evaluation("test"))))
+
+
+def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(**inputs).logits.clone()
+
+
+class KeepMiddle(pl.Callback):
+    """Copies the checkpoint of the middle of the fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == STOP:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", self.folder / "last.ckpt")
+
+
+def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
+    """What learns, by the name of the parameter in the model before links are stacked."""
+    in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
+    own = {
+        "full": True,
+        "head": in_head or "lm_head" in name or "embed_tokens" in name,
+        "bitfit": in_head or name.endswith(".bias"),
+        "lora": in_head or ".lora_" in name,
+    }
+    return own[tuning]
+
+
+def check_learning(recipe: Any, work: Any, tuning: str) -> None:
+    """Exactly what should learn is in the optimizer, and it has finite gradients, not all zero."""
+    named = dict(work.model.named_parameters())
+    learning = {name for name, p in named.items() if p.requires_grad}
+    bare = {n: n.replace("parametrizations.weight.original", "weight").replace(".base_layer", "") for n in named}
+    assert learning == {n for n in named if should_learn(tuning, bare[n], recipe.task.head_learns)}
+    groups = recipe.optimizer.build(work.model).param_groups
+    assert {id(p) for g in groups for p in g["params"]} == {id(named[n]) for n in learning}
+
+
+def run_one(task: str, tuning: str, subset: tuple[str, ...], folder: Path, files: Any, teachers: Any) -> Path:
+    recipe = build(task, tuning, subset, files, teachers[task])
+    refuse_conflicts(recipe.stages)
+    corpus, model = load(recipe)
+    work = assemble(recipe, corpus, model)
+    check_learning(recipe, work, tuning)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    middle = folder / "resumed" / "checkpoints"
+    work.callbacks.append(KeepMiddle(middle))
+    (folder / "whole").mkdir(parents=True)
+    fit(recipe, corpus, work, folder / "whole", {}, resume=False)
+    check_moved(model, start)
+    check_resumed(recipe, work.model.state_dict(), folder / "resumed")
+    check_checkpoint(folder / "whole" / "checkpoints" / "last.ckpt", work)
+    settle(recipe, work)
+    inputs = first_batch(recipe, corpus)
+    stacked = logits(model, inputs)
+    weights = any(stage.phase.acts_on_weights for stage in recipe.stages)
+    fold_and_convert(recipe, work)
+    converted = logits(model, inputs)
+    assert float((converted - stacked).abs().max()) <= (CONVERT_BOUND if weights else 1e-5)
+    save(folder / "model", recipe, corpus, work)
+    check_saved(recipe, corpus, work, folder / "model", subset, converted)
+    torch.save({"inputs": inputs, "logits": converted}, folder / "model" / "expected.pt")
+    return folder / "model"
+
+
+def check_moved(model: Any, start: dict[str, torch.Tensor]) -> None:
+    """What should learn moved, what is frozen did not."""
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert moved
+    assert moved <= learning
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def check_resumed(recipe: Any, expected: dict[str, torch.Tensor], folder: Path) -> None:
+    """From the checkpoint in the middle to the end: bit for bit the same state."""
+    corpus, model = load(recipe)
+    work = assemble(recipe, corpus, model)
+    torch.manual_seed(12345)  # a resumed run brings its own randomness
+    fit(recipe, corpus, work, folder, {}, resume=True)
+    state = work.model.state_dict()
+    different = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert not different
+
+
+def check_checkpoint(path: Path, work: Any) -> None:
+    """A checkpoint holds the student's state and nothing of a teacher."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert set(state) == {f"model.{name}" for name in work.model.state_dict()}
+
+
+def check_saved(
+    recipe: Any, corpus: Corpus, work: Any, folder: Path, subset: tuple[str, ...], expected: torch.Tensor
+) -> None:
+    """Sparsity and grid hold in the saved file, the reloaded model says the same, and it has scores."""
+    saved = artifact.load(folder)
+    assert torch.equal(logits(saved.model, first_batch(recipe, corpus)), expected)
+    assert all(v == v for v in evaluate(saved.model, corpus.evaluation("test"), recipe.task, corpus.labels).compute().values())
+    assert len(work.context.targets) == (14 if task_is_llama(recipe) else 12) * (1 if "cut" in subset else 1.5)
+    for name in work.context.targets:
+        module: Any = saved.model.get_submodule(name)
+        quantized = {"quantize/int8", "quantize/qat"} & set(subset)
+        assert isinstance(module, IntegerLinear) == bool(quantized)
+        weight = module.dequantized() if quantized else module.weight
+        if "prune/magnitude" in subset:
+            assert int((weight == 0).sum()) >= round(0.5 * weight.numel())
+            assert bool((weight[~work.context.records[name]["mask"]] == 0).all())
+        if "quantize/qat" in subset:
+            assert (module.bits, module.group) == (4, 16)
+            assert module.codes.numel() == weight.numel() // 2
+            assert max(len(group.unique()) for group in weight.reshape(-1, 16)) <= 15
+
+
+def task_is_llama(recipe: Any) -> bool:
+    return recipe.task.name == "causal_lm"
+
+
+def test_the_grid_is_complete() -> None:
+    assert (len(WORKING), len(REFUSED)) == (24, 8)
+    assert len(TASKS) * len(TUNINGS) * len(SUBSETS) == 384
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("task", TASKS)
+def test_combinations_work(
+    task: str, tuning: str, files: Any, teachers: Any, tmp_path: Path, subtests: Any
+) -> None:
+    saved = []
+    for subset in WORKING:
+        name = "+".join(subset).replace("/", ".") or "dense"
+        with subtests.test(f"{task} x {tuning} x {name}"):
+            saved.append(str(run_one(task, tuning, subset, tmp_path / name, files, teachers)))
+    command = [sys.executable, "-c", CHECK_IN_A_FRESH_PROCESS, json.dumps(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("same") == len(saved) == len(WORKING)
+
+
+@pytest.mark.parametrize("subset", REFUSED)
+@pytest.mark.parametrize("task", TASKS)
+def test_combinations_are_refused_before_loading(
+    task: str, subset: tuple[str, ...], files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tuning in TUNINGS:
+        recipe = build(task, tuning, subset, files, "teacher")
+        monkeypatch.setattr(type(recipe.model), "load", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(ConfigError, match=r"quantize/int8 and quantize/qat: .*choose one"):
+            refuse_conflicts(recipe.stages)
