@@ -163,13 +163,11 @@ def run_one(task: str, tuning: str, subset: tuple[str, ...], folder: Path, files
     work = assemble(recipe, corpus, model)
     check_learning(recipe, work, tuning)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    middle = folder / "resumed" / "checkpoints"
-    work.callbacks.append(KeepMiddle(middle))
-    (folder / "whole").mkdir(parents=True)
-    fit(recipe, corpus, work, folder / "whole", {}, resume=False)
+    work.callbacks.append(KeepMiddle(folder / "middle"))
+    fit(recipe, corpus, work, folder, {}, resume=False)
     check_moved(model, start)
-    check_resumed(recipe, work.model.state_dict(), folder / "resumed")
-    check_checkpoint(folder / "whole" / "checkpoints" / "last.ckpt", work)
+    check_checkpoint(folder / "checkpoints" / "last.ckpt", work)
+    check_resumed(recipe, work.model.state_dict(), folder)
     settle(recipe, work)
     inputs = first_batch(recipe, corpus)
     stacked = logits(model, inputs)
@@ -194,6 +192,7 @@ def check_moved(model: Any, start: dict[str, torch.Tensor]) -> None:
 
 def check_resumed(recipe: Any, expected: dict[str, torch.Tensor], folder: Path) -> None:
     """From the checkpoint in the middle to the end: bit for bit the same state."""
+    shutil.copy(folder / "middle" / "last.ckpt", folder / "checkpoints" / "last.ckpt")
     corpus, model = load(recipe)
     work = assemble(recipe, corpus, model)
     torch.manual_seed(12345)  # a resumed run brings its own randomness
