@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 WEIGHTS = "model.safetensors"
 CARD = "niwaki.json"
+FIELDS = {"task": str, "task_settings": dict, "labels": list, "base_config": dict, "edits": list}
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,28 @@ def save(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(unique_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
-    model.config.save_pretrained(partial)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    card = {
-        "schema": SCHEMA,
-        "niwaki": __version__,
-        "task": f"{type(task).__module__}:{type(task).__name__}",
-        "task_settings": asdict(task),
-        "labels": list(labels),
-        "base_config": base_config,
-        "edits": [edit.to_json() for edit in edits],
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in sorted(partial.iterdir())},
-    }
-    (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        save_file(unique_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
+        model.config.save_pretrained(partial)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        card = {
+            "schema": SCHEMA,
+            "niwaki": __version__,
+            "task": f"{type(task).__module__}:{type(task).__name__}",
+            "task_settings": asdict(task),
+            "labels": list(labels),
+            "base_config": base_config,
+            "edits": [edit.to_json() for edit in edits],
+            "files": {
+                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in sorted(partial.iterdir())
+            },
+        }
+        (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -84,24 +91,36 @@ def load(folder: str | Path) -> Artifact:
         ArtifactError: missing, truncated or altered files, or a card that does not fit the weights.
     """
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoTokenizer
-
-    from niwaki.model.load import auto_class
+    from transformers import AutoTokenizer
 
     folder = Path(folder)
     card = read_card(folder)
     task = task_of(card)
     edits = tuple(from_json(record) for record in card["edits"])
-    settings = dict(card["base_config"])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = auto_class(task).from_config(config, dtype=torch.float32)
-    for edit in edits:
-        edit.apply(model)
+    model = rebuild(card["base_config"], edits, task, folder)
     fill(model, load_file(folder / WEIGHTS), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     return Artifact(folder, model.eval(), tokenizer, task, tuple(card["labels"]), card["base_config"], edits)
+
+
+def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, folder: Path) -> Any:
+    """The structure of the model: its first config, then the edits in their order. Its weights are random."""
+    from transformers import AutoConfig
+
+    from niwaki.model.load import auto_class
+
+    try:
+        settings = dict(base_config)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model = auto_class(task).from_config(config, dtype=torch.float32)
+        for edit in edits:
+            edit.apply(model)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ArtifactError(f"artifact {folder}: {CARD} describes no model that can be built ({reason})") from error
+    return model
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -114,23 +133,25 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"artifact {folder}: needs a folder that holds {CARD}")
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        files = card["files"].items()
         schema = card["schema"]
-    except (ValueError, KeyError, AttributeError) as error:
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in card["files"].items()}
+        if schema == SCHEMA and not all(isinstance(card[name], kind) for name, kind in FIELDS.items()):
+            raise TypeError("a field is of the wrong kind")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"artifact {folder}: {CARD} is damaged ({error})") from error
     if schema != SCHEMA:
         raise ArtifactError(f"artifact {folder}: schema {schema}, this version reads {SCHEMA}")
-    for name, facts in files:
+    for name, (size, digest) in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise ArtifactError(f"artifact {folder}: the file {name} is missing")
-        if path.stat().st_size != facts["bytes"]:
+        if path.stat().st_size != size:
             raise ArtifactError(
-                f"artifact {folder}: {name} is truncated or altered ({path.stat().st_size} bytes, not {facts['bytes']})"
+                f"artifact {folder}: {name} is truncated or altered ({path.stat().st_size} bytes, not {size})"
             )
-        if checksum(path) != facts["sha256"]:
+        if checksum(path) != digest:
             raise ArtifactError(f"artifact {folder}: {name} was altered (its checksum is not the one in {CARD})")
-    if WEIGHTS not in card["files"]:
+    if WEIGHTS not in files:
         raise ArtifactError(f"artifact {folder}: {CARD} names no {WEIGHTS}")
     return card
 

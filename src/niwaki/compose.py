@@ -31,12 +31,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from niwaki.allow import resolve
 from niwaki.callbacks import CallbackSettings
+from niwaki.catalogue import config_folder
 from niwaki.errors import ConfigError, UserError
 from niwaki.recipe import AXES, Recipe
 from niwaki.stage import Stage
 
 KINDS = (Recipe, Stage, CallbackSettings, pl.Callback, *AXES.values())
 GROUPS_OF_MANY = ("compression", "callbacks")
+FREE_MAPPINGS = ("data.columns", "model.overrides")  # whose keys no config can know
 NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int is a float
 
 
@@ -50,7 +52,8 @@ class Command:
 
 
 def parse(arguments: list[str]) -> Command:
-    """Read a command line as Hydra does."""
+    """Read a command line as Hydra does. A key of a free mapping needs no `+` to be new."""
+    arguments[:] = [f"++{word}" if word.startswith(FREE_MAPPINGS) else word for word in arguments]
     parsed = get_args_parser().parse_args(arguments)
     asks = ("help", "hydra_help", "info", "cfg", "shell_completion", "experimental_rerun", "config_dir", "config_name")
     passes_through = any(getattr(parsed, name, None) for name in asks)
@@ -65,12 +68,6 @@ class Composed:
     folder: Path
     sweep_folder: Path
     plain_launch: bool  # neither a launcher nor a sweeper was chosen
-
-
-def config_folder() -> Path:
-    """The folder of the configs: beside the package when installed, else at the top of the checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def compose(overrides: Sequence[str]) -> Composed:
@@ -263,17 +260,15 @@ def explain(error: Exception) -> str:
     """Hydra's complaint in one line, with the nearest name that exists."""
     missing = getattr(error, "missing_cfg_file", None)
     if missing:
-        group, _, name = str(missing).rpartition("/")
-        options = getattr(error, "options", None) or options_of(group)
-        if group and options:
+        group, _, name = str(missing).partition("/")
+        options = options_of(group)
+        if name and options:
             return f"{group}={name}: no such option{nearest(name, options)}"
         return f"{missing}: no such config"
     text = str(error)
     if "Could not override" in text or "is not in struct" in text:
         key = text.split("'")[1] if "Could not override" in text else str(getattr(error, "full_key", ""))
         return f"{key}: no such setting{nearest(key, known_keys())}"
-    if "Could not find" in text or "not found" in text:
-        return first_line(error)
     return first_line(error)
 
 

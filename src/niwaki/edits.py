@@ -29,11 +29,11 @@ def from_json(record: dict[str, Any]) -> Edit:
         ArtifactError: the record names something else than an edit of this project.
     """
     from niwaki.allow import resolve
-    from niwaki.errors import ArtifactError, UserError
+    from niwaki.errors import ArtifactError
 
-    fields = dict(record)
     try:
+        fields = dict(record)
         kind = resolve(str(fields.pop("edit", "")).replace(":", "."), (Edit,))
         return kind(**fields)
-    except (UserError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ArtifactError(f"niwaki.json: edits: {error}") from error

@@ -62,8 +62,14 @@ class Learner(pl.LightningModule):
         for name, value in self._scores.compute().items():
             self.log(f"validation/{name}", value, prog_bar=name == self.task.metric, sync_dist=True)
 
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
+        # Lightning refuses to clip for a fused optimizer under any autocast; only fp16, which scales its gradients,
+        # would need that, and it does not get a fused one.
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_settings.build(self.model)
+        optimizer = self.optimizer_settings.build(self.model, fused=self.trainer.precision != "16-mixed")
         scheduler = self.schedule.build(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

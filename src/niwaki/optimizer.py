@@ -26,12 +26,12 @@ class OptimizerSettings(abc.ABC):
         if self.weight_decay < 0:
             raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: needs a number of at least 0")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer over the parameters of `model` that learn."""
-        return self.over(groups(model, self.weight_decay))
+    def build(self, model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
+        """An optimizer over the parameters of `model` that learn; `fused` is several times faster."""
+        return self.over(groups(model, self.weight_decay), fused)
 
     @abc.abstractmethod
-    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
         """The optimizer over these parameter groups."""
 
 
@@ -52,8 +52,8 @@ class AdamW(OptimizerSettings):
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)  # type: ignore[arg-type]
+    def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Adam(OptimizerSettings):
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True)  # type: ignore[arg-type]
+    def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +77,5 @@ class SGD(OptimizerSettings):
     weight_decay: float = 0.0
     momentum: float = 0.9
 
-    def over(self, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=True)
+    def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=fused)

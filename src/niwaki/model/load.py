@@ -63,12 +63,7 @@ class Pretrained:
                 pip = self.package.replace("_", "-")
                 raise ConfigError(f"model.package={self.package!r}: is not installed; pip install {pip}")
             return str(Path(found.submodule_search_locations[0]) / self.name)
-        folder = Path(self.name).expanduser()
-        if folder.is_dir():
-            return str(folder)
-        if self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
-            raise ConfigError(f"model.name={self.name!r}: there is no such folder")
-        return self.name
+        return located(self.name, "model.name")
 
     def tokenizer(self) -> Any:
         """The model's tokenizer; a padding token is chosen where it has none."""
@@ -143,6 +138,20 @@ class Pretrained:
                 raise
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigError(f"model.name={self.name!r}: cannot be loaded ({reason})") from error
+
+
+def located(name: str, field: str) -> str:
+    """`name` as a folder where it is one, else as a hub name.
+
+    Raises:
+        ConfigError: it is written like a folder, and there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{field}={name!r}: there is no such folder")
+    return name
 
 
 def auto_class(task: Task) -> Any:

@@ -42,20 +42,23 @@ class Tiny(Pretrained):
         return self.name
 
     def tokenizer(self) -> Any:
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
         vocabulary = {piece: i for i, piece in enumerate(pieces())}
         tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=64))
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
         ends = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
         )
+        segments = ["token_type_ids"] if getattr(self.config(), "type_vocab_size", 1) > 1 else []
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
             mask_token="[MASK]", bos_token="[CLS]", eos_token="[SEP]", model_max_length=512,
+            model_input_names=["input_ids", *segments, "attention_mask"],
         )  # fmt: skip
 
     def config(self) -> Any:

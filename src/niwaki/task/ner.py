@@ -38,13 +38,14 @@ class NER(Task):
         index = {label: i for i, label in enumerate(labels)}
         tags = [[index[tag] for tag in row] for row in rows["tags"]]
         firsts = [first_pieces(encoded.word_ids(i)) for i in range(len(tags))]
+        seen = [set(words) for words in firsts]
         return {
             "input_ids": encoded["input_ids"],
             "labels": [
                 [row[word] if word is not None else IGNORED for word in words]
                 for row, words in zip(tags, firsts, strict=True)
             ],
-            "cut": [row[sum(w is not None for w in words) :] for row, words in zip(tags, firsts, strict=True)],
+            "cut": [[t for i, t in enumerate(row) if i not in words] for row, words in zip(tags, seen, strict=True)],
             "length": [len(ids) for ids in encoded["input_ids"]],
         }
 
@@ -107,18 +108,20 @@ def entities(
 
 class TagScores(Scores):
     """Entity scores by seqeval, and precision, recall, F1 and support of every tag. A word that was cut off by
-    `max_length` counts as predicted O."""
+    `max_length`, or has no piece at all, counts as predicted O; `loss` is the mean over the others."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = list(labels)
         self._true: list[list[str]] = []
         self._predicted: list[list[str]] = []
         self._loss = 0.0
+        self._seen = 0
 
     def update(self, outputs: Any, batch: Batch) -> None:
         keep = batch["labels"] != IGNORED
         logits = outputs.logits[keep].float()
         self._loss += float(functional.cross_entropy(logits, batch["labels"][keep], reduction="sum"))
+        self._seen += len(logits)
         guesses = outputs.logits.argmax(-1)
         for row, guess, counts, cut in zip(batch["labels"], guesses, keep, batch["cut"], strict=True):
             lost = [self._labels[i] for i in cut[cut != IGNORED].tolist()]
@@ -135,7 +138,7 @@ class TagScores(Scores):
             "precision": float(precision_score(self._true, self._predicted, zero_division=0)),
             "recall": float(recall_score(self._true, self._predicted, zero_division=0)),
             "accuracy": hits / words,
-            "loss": self._loss / words,
+            "loss": self._loss / self._seen,
         }
 
     def report(self) -> dict[str, Any]:

@@ -86,5 +86,6 @@ class LoRA(Tuning):
         return []
 
     def _names(self, anatomy: Anatomy) -> list[str]:
-        leaves = {getattr(anatomy.family, part) for part in self.parts} - {None}
-        return [name for name in anatomy.linears() if any(name.endswith(f".{leaf}") for leaf in leaves)]
+        wanted = {getattr(anatomy.family, part) for part in self.parts} - {None}
+        blocks = f"{anatomy.prefix}{anatomy.family.blocks}."
+        return [n for n in anatomy.linears() if n.removeprefix(blocks).partition(".")[2] in wanted]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.load import located
 from niwaki.stage import Context, Effects, Phase, Stage
 
 
@@ -36,6 +38,9 @@ class Logits(Stage):
             raise ConfigError(f"compression.logits.temperature={self.temperature}: needs a number above 0")
         if self.weight <= 0:
             raise ConfigError(f"compression.logits.weight={self.weight}: needs a number above 0")
+
+    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
+        located(str(self.teacher), "compression.logits.teacher")
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         assert self.teacher is not None

@@ -85,7 +85,7 @@ class Magnitude(Stage):
             sparsity_at=cubic(self.final_sparsity, self.begin, self.end, context.steps)
             if self.schedule == "cubic"
             else lambda step: self.final_sparsity,
-            last_step=round(self.end * context.steps) if self.schedule == "cubic" else 0,
+            last_step=max(round(self.end * context.steps), 1) if self.schedule == "cubic" else 0,
             interval=self.interval,
         )
         schedule.draw(0)

@@ -94,7 +94,9 @@ def cubic(final: float, begin: float, end: float, steps: int) -> Callable[[int],
     first, last = begin * steps, max(round(end * steps), 1)
 
     def sparsity(step: int) -> float:
-        t = min(max((step - first) / max(last - first, 1e-9), 0.0), 1.0)
+        if step >= last:
+            return final
+        t = max((step - first) / max(last - first, 1e-9), 0.0)
         return final * (1 - (1 - t) ** 3)
 
     return sparsity

@@ -193,7 +193,8 @@ class IntegerLinear(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         if self._operand is None:
-            self._operand = self.integers().t().contiguous() if self.runs_on_integers else self.dequantized()
+            with torch.inference_mode(False), torch.no_grad():  # it may be used under a gradient later
+                self._operand = self.integers().t().contiguous() if self.runs_on_integers else self.dequantized()
         if not self.activation_bits:
             return functional.linear(values, self._operand, self.bias)
         if not self.runs_on_integers:

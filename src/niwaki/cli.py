@@ -1,0 +1,194 @@
+"""The commands around runs and artifacts. Heavy imports wait in them, so that `niwaki --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from niwaki.errors import ConfigError, UserError
+
+app = typer.Typer(
+    help="Commands around runs and the artifacts that they leave. Training itself: python train.py --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Place = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="An artifact, or the folder of a run.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="NAME=THEIRS", help="The file's name for a column: text=sentence."),
+]
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on stderr, exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def evaluate(
+    place: Place,
+    file: Annotated[
+        Path, typer.Argument(help="Labelled rows: csv, tsv, jsonl, json, parquet, conll or txt.")
+    ],
+    column: Columns = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    report: Annotated[bool, typer.Option("--report", help="Print a table per class instead.")] = False,
+) -> None:
+    """Score an artifact on a file; JSON out."""
+    saved = load(place)
+    from niwaki.inference import WholeFile, scores
+
+    source = WholeFile(train=str(file), columns=pairs(column), eval_batch_size=batch_size)
+    metrics, tables = scores(saved, source)
+    print(class_table(tables, saved.task.name) if report else json.dumps(finite(metrics), indent=1))
+
+
+@app.command()
+def predict(
+    place: Place,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without any and without --file, stdin by lines.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A text a line (txt), or any format with a column text.")
+    ] = None,
+    column: Columns = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=32, help="Texts that are read before they are answered.")
+    ] = 32,
+) -> None:
+    """Let an artifact answer texts; JSON lines out."""
+    if text and file:
+        raise ConfigError("predict: give texts or --file, not both")
+    if column and not file:
+        raise ConfigError(f"--column {column[0]}: names a column of --file; give one")
+    columns = pairs(column)
+    saved = load(place)
+    from niwaki.inference import answers
+
+    for answer in answers(saved, rows_of(text, file, columns, saved), batch_size):
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
+
+
+@app.command("list")
+def list_options(
+    axis: Annotated[str | None, typer.Argument(help="Only this axis, such as tuning.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page of tables.")] = False,
+) -> None:
+    """Every option, with its paper; *: the default."""
+    from niwaki import catalogue
+
+    found = catalogue.options(axis)
+    print(catalogue.as_markdown(found) if markdown else catalogue.as_lines(found))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or folders with runs below.")
+    ],
+    rows: Annotated[
+        str, typer.Option(metavar="A,B", help="Settings that make a row; else all that differ.")
+    ] = "",
+    metrics: Annotated[str, typer.Option(metavar="A,B", help="Columns, such as after.test.accuracy.")] = "",
+    baseline: Annotated[
+        str | None, typer.Option(metavar="KEY=VALUE", help="The row that others are compared to.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.md, report.csv and report.png.")
+    ] = None,
+    x: Annotated[
+        str | None, typer.Option(help="Cost across in the picture, such as after.latency_ms.")
+    ] = None,
+    y: Annotated[str | None, typer.Option(help="Score up in the picture.")] = None,
+) -> None:
+    """Gather runs into one table."""
+    if output is None and (x or y):
+        raise ConfigError(f"--{'x' if x else 'y'}: belongs to the picture; give --output")
+    from niwaki.measure.gather import report_command
+
+    report_command(folders, split(rows), split(metrics), baseline, output, x, y)
+
+
+@app.command()
+def verify(place: Place) -> None:
+    """Check an artifact and show what it holds."""
+    saved = load(place)
+    from niwaki.inference import facts
+
+    for name, value in facts(saved).items():
+        print(f"{name:<11} {value}")
+
+
+def load(place: Path) -> Any:
+    """The artifact at `place`, verified."""
+    from niwaki.quiet import quiet_libraries
+
+    quiet_libraries()
+    from niwaki import artifact
+    from niwaki.inference import find_artifact
+    from niwaki.quiet import quiet_progress
+
+    quiet_progress()
+    return artifact.load(find_artifact(place))
+
+
+def rows_of(
+    text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any
+) -> Iterator[dict[str, str]]:
+    """The rows that a user gave, one way or another."""
+    from niwaki.inference import file_rows, text_rows
+
+    if file is not None:
+        return file_rows(file, columns, saved.task.needs)
+    return text_rows(text, "argument") if text else text_rows(sys.stdin, "stdin")
+
+
+def pairs(given: list[str] | None) -> dict[str, str]:
+    """`["text=sentence"]` as a mapping."""
+    wrong = [one for one in given or [] if not all(one.partition("="))]
+    if wrong:
+        raise ConfigError(f"--column {wrong[0]}: needs NAME=THEIRS, such as text=sentence")
+    return {name: theirs for name, _, theirs in (one.partition("=") for one in given or [])}
+
+
+def split(names: str) -> list[str]:
+    """`a,b` as a list."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics with null for what is not a finite number: JSON has no NaN."""
+    from math import isfinite
+
+    return {name: value if isfinite(value) else None for name, value in metrics.items()}
+
+
+def class_table(tables: dict[str, Any], task: str) -> str:
+    """Precision, recall, F1 and support of each class, and their averages, in markdown."""
+    from niwaki.measure.report import markdown_table, number
+
+    if "per_class" not in tables:
+        raise ConfigError(f"--report: {task} has no table per class; leave it out")
+    named = {
+        **tables["per_class"],
+        **{f"*{name} average*": row for name, row in tables.get("averages", {}).items()},
+    }
+    columns = ("precision", "recall", "f1")
+    rows = [
+        [name, *(number(one, row.get(one)) for one in columns), f"{row['support']:,.0f}"]
+        for name, row in named.items()
+    ]
+    return markdown_table(["class", *columns, "support"], rows)

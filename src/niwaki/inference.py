@@ -1,0 +1,178 @@
+"""What one does with an artifact: evaluate it on a labelled file, let it answer, look at what it holds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from niwaki import artifact
+from niwaki.data.columns import check_text
+from niwaki.data.corpus import Corpus
+from niwaki.data.files import Files
+from niwaki.data.source import SPLITS, Needs
+from niwaki.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeFile(Files):
+    """Every row of one file, in its order: nothing is carved off."""
+
+    def _carved(self, found: dict[str, Dataset], seed: int) -> dict[str, Dataset]:
+        return dict.fromkeys(SPLITS, found["train"])
+
+    def rows(self, needs: Needs) -> Dataset:
+        """The rows under the task's names, each checked.
+
+        Raises:
+            DataError: no file, no rows, a missing column or a bad value; names the file and the line.
+        """
+        try:
+            return self.splits(needs, seed=0)["test"]
+        except DataError as error:
+            message = (
+                str(error).replace("data.train=", "").replace("name it with data.columns.", "use --column ")
+            )
+            raise DataError(message) from error
+
+
+def find_artifact(place: Path) -> Path:
+    """The folder of the artifact: `place`, or its model/ where `place` is the folder of a run.
+
+    Raises:
+        ArtifactError: neither holds an artifact.
+    """
+    for folder in (place, place / "model"):
+        if artifact.is_artifact(folder):
+            return folder
+    raise ArtifactError(
+        f"artifact {place}: needs the folder of a run or its model/, with {artifact.CARD} in it"
+    )
+
+
+def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of the artifact on a labelled file, and the tables of the task's report.
+
+    Raises:
+        DataError: rows that cannot be used, or a label that the artifact does not know.
+    """
+    from datasets import Dataset
+
+    from niwaki.measure.evaluate import evaluate
+
+    rows = source.rows(saved.task.needs)
+    check_labels(rows, saved.labels, str(source.train))
+    features = Dataset.from_dict(saved.task.encode(rows[:], saved.tokenizer, saved.labels))
+    corpus = Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0)
+    found = evaluate(saved.model, corpus.evaluation("test"), saved.task, saved.labels)
+    return {"rows": len(rows), **found.compute()}, found.report()
+
+
+def check_labels(rows: Dataset, known: tuple[str, ...], origin: str) -> None:
+    """Refuse labels that the artifact has no output for; a task without labels knows none and needs none."""
+    columns = [column for column in ("label", "tags") if known and column in rows.column_names]
+    for column in columns:
+        for number, value in enumerate(rows[column][:], start=1):
+            for label in value if isinstance(value, list) else [value]:
+                if label not in known:
+                    near = difflib.get_close_matches(label, known, 1, cutoff=0.0)[0]
+                    raise DataError(
+                        f"{origin} row {number}: {column} {label!r} is none of the {len(known)} "
+                        f"that the artifact knows; the nearest is {near!r}"
+                    )
+
+
+def answers(saved: artifact.Artifact, rows: Iterable[Row], batch_size: int) -> Iterator[dict[str, Any]]:
+    """What the artifact says of each row, in order, as soon as a batch of rows has come."""
+    import torch
+
+    iterator = iter(rows)
+    while batch := list(islice(iterator, batch_size)):
+        with torch.inference_mode():
+            found = list(saved.task.answers(saved.model, saved.tokenizer, saved.labels, batch))
+        yield from found
+
+
+def text_rows(lines: Iterable[str], origin: str) -> Iterator[Row]:
+    """A row for each line.
+
+    Raises:
+        DataError: an empty line, or one that is not UTF-8.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):  # noqa: B007  (the handlers read it)
+            yield {"text": check_text(line.rstrip("\r\n"))}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin} line {number + 1}: not UTF-8; convert it first") from error
+    except ValueError as error:
+        raise DataError(f"{origin} line {number}: {error}") from error
+
+
+def file_rows(path: Path, columns: Mapping[str, str], needs: Needs) -> Iterator[Row]:
+    """The texts of a file: txt by lines, as they are read; any other format by its columns text and, where the
+    task takes pairs, text_pair.
+
+    Raises:
+        DataError: no file, no such column, or a row without text.
+    """
+    if path.suffix.lower() == ".txt":
+        with opened(path) as stream:
+            yield from text_rows(stream, str(path))
+        return
+    source = WholeFile(train=str(path), columns=columns)
+    pair = tuple(column for column in needs.optional if column == "text_pair")
+    rows = source.rows(Needs(required=("text",), optional=pair))
+    if source.is_running_text("train"):
+        yield from text_rows(rows["text"][:], str(path))
+    else:
+        yield from ({name: str(value) for name, value in row.items()} for row in rows)
+
+
+def opened(path: Path) -> TextIO:
+    """A text file to read.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def facts(saved: artifact.Artifact) -> dict[str, str]:
+    """What an artifact is and holds, for people."""
+    from niwaki.measure.report import number
+    from niwaki.measure.size import count
+
+    counted = count(saved.model)
+    size = (saved.folder / artifact.WEIGHTS).stat().st_size
+    return {
+        "artifact": f"{saved.folder}: every file has its checksum, the weights fit",
+        "task": brief(saved.task.name, asdict(saved.task)),
+        "labels": f"{len(saved.labels)}: {', '.join(saved.labels)}" if saved.labels else "none",
+        "edits": "; ".join(brief(type(edit).__name__, asdict(edit)) for edit in saved.edits) or "none",
+        "bytes": f"{size:,} ({number('bytes', size)})",
+        "parameters": f"{counted['parameters']:,}, {counted['nonzero']:,} of them not zero",
+        "sparsity": f"{1 - counted['nonzero'] / counted['parameters']:.4f}",
+    }
+
+
+def brief(name: str, settings: Mapping[str, Any]) -> str:
+    """`name (setting value, ...)`, with the length of what is long."""
+    shown = [
+        f"{len(value)} {key}"
+        if isinstance(value, list | tuple | dict) and len(value) > 8
+        else f"{key} {value}"
+        for key, value in settings.items()
+    ]
+    return f"{name} ({', '.join(shown)})" if shown else name

@@ -1,0 +1,156 @@
+"""What all tests share: one thread, fixed seeds, a cache folder of their own, tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from niwaki.quiet import quiet_libraries, quiet_progress
+
+quiet_libraries()
+
+import pytorch_lightning as pl  # noqa: E402
+import torch  # noqa: E402
+
+from niwaki.model.anatomy import Anatomy  # noqa: E402
+from niwaki.model.tiny import FAMILIES, Tiny  # noqa: E402
+from niwaki.module import Learner  # noqa: E402
+from niwaki.optimizer import SGD, OptimizerSettings  # noqa: E402
+from niwaki.schedule import Constant  # noqa: E402
+from niwaki.stage import Context, Effects  # noqa: E402
+from niwaki.task.causal_lm import CausalLM  # noqa: E402
+from niwaki.task.classification import Classification  # noqa: E402
+from niwaki.task.ner import NER  # noqa: E402
+
+TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
+    "classification": (
+        Classification(),
+        ("maybe", "no", "yes"),
+        {
+            "text": ["a pine", "no", "the old garden tree", "cut it", "yes, of course", "x", "wire", "a moss wall"],
+            "label": ["yes", "no", "maybe", "no", "yes", "no", "maybe", "yes"],
+        },
+    ),
+    "ner": (
+        NER(),
+        ("B-PER", "I-PER", "O"),
+        {
+            "tokens": [["ada", "met", "alan", "turing"], ["nobody", "came"], ["eve"], ["so", "said", "bob"]],
+            "tags": [["B-PER", "O", "B-PER", "I-PER"], ["O", "O"], ["B-PER"], ["O", "O", "B-PER"]],
+        },
+    ),
+    "causal_lm": (CausalLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait for spring"]}),
+}  # fmt: skip
+IGNORED_WARNINGS = (
+    "ignore:.*does not have many workers.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:.*have no `val_dataloader`.*",
+    "ignore:.*LeafSpec.*:FutureWarning",
+    "ignore:.*is an Enum subclass and is now natively supported.*",
+    "ignore:Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in IGNORED_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.set_num_threads(1)
+    quiet_progress()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIWAKI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    pl.seed_everything(0, verbose=False)
+
+
+@dataclass
+class Setting:
+    """A tiny model with its task, and some rows."""
+
+    task: Any
+    labels: tuple[str, ...]
+    rows: dict[str, list[Any]]
+    tokenizer: Any
+    model: Any
+
+    def features(self, rows: dict[str, list[Any]] | None = None) -> list[dict[str, Any]]:
+        columns = self.task.encode(rows or self.rows, self.tokenizer, self.labels)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def batch(self, rows: dict[str, list[Any]] | None = None) -> dict[str, torch.Tensor]:
+        return self.task.collate(self.features(rows), self.tokenizer)
+
+    def context(self, steps: int = 10, load_teacher: Any = None) -> Context:
+        anatomy = Anatomy.of(self.model)
+        return Context(
+            anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0, head_learns=self.task.head_learns,
+            predictions=self.task.predictions, load_teacher=load_teacher,
+        )  # fmt: skip
+
+    def logits(self, model: Any = None) -> torch.Tensor:
+        """Of all rows, in eval mode."""
+        model = (model or self.model).eval()
+        with torch.no_grad():
+            return model(**self.task.inputs(self.batch())).logits
+
+    def learner(
+        self, optimizer: OptimizerSettings | None = None, effects: Sequence[Effects] = (), steps: int = 4
+    ) -> Learner:
+        return Learner(
+            self.model, task=self.task, labels=self.labels, optimizer=optimizer or SGD(lr=0.05),
+            schedule=Constant(warmup=0.0), steps=steps, terms={n: t for e in effects for n, t in e.terms.items()},
+            task_weight=1.0,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[str, Any]:
+    return {family: Tiny(name=family).tokenizer() for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizers: dict[str, Any]) -> Any:
+    """The one of the tiny BERT."""
+    return tokenizers["bert"]
+
+
+@pytest.fixture
+def setting(tokenizers: dict[str, Any]) -> Callable[..., Setting]:
+    """`setting(family, task, seed, **fields of Tiny)`."""
+
+    def make(family: str = "bert", task: str = "classification", seed: int = 0, **fields: Any) -> Setting:
+        kind, labels, rows = TASKS[task]
+        model = Tiny(name=family, dropout=0.0, **fields).load(kind, labels, seed)
+        return Setting(kind, labels, rows, tokenizers[family], model)
+
+    return make
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., pl.Trainer]:
+    """`train(learner, batches, callbacks=..., **settings of Lightning's Trainer)`: a fit without decoration."""
+
+    def run(learner: Learner, batches: Sequence[Any], validation: Sequence[Any] | None = None, **settings: Any) -> Any:
+        ckpt_path = settings.pop("ckpt_path", None)
+        loader = [torch.utils.data.DataLoader(list(rows), batch_size=None) for rows in (batches, validation) if rows]  # type: ignore[arg-type, var-annotated]
+        plain: dict[str, Any] = {
+            "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+            "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": tmp_path, "max_epochs": 1,
+        }  # fmt: skip
+        trainer = pl.Trainer(**(plain | settings))
+        learner.model.train()
+        trainer.fit(learner, *loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        return trainer
+
+    return run

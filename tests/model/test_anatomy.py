@@ -1,0 +1,110 @@
+"""Where the parts of a model are, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy, family_of, known_families
+from niwaki.model.families.bert import FAMILY as BERT
+from niwaki.model.families.llama import FAMILY as LLAMA
+
+KINDS = [(family, task) for family in ("bert", "llama") for task in ("classification", "ner", "causal_lm")]
+
+
+def anatomy_of(setting: Callable[..., Any], family: str, task: str) -> Anatomy:
+    return Anatomy.of(setting(family, task).model)
+
+
+@pytest.mark.parametrize(("family", "task"), KINDS)
+def test_the_linears_are_those_of_the_blocks(setting: Callable[..., Any], family: str, task: str) -> None:
+    anatomy = anatomy_of(setting, family, task)
+    inside = {id(m) for block in anatomy.blocks for m in block.modules() if isinstance(m, nn.Linear)}
+    found = anatomy.linears()
+    assert {id(linear) for linear in found.values()} == inside
+    assert all(anatomy.model.get_submodule(name) is linear for name, linear in found.items())
+    assert len(anatomy.blocks) == 3
+    assert anatomy.embeddings is anatomy.model.get_input_embeddings()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("family", "task"), KINDS)
+def test_blocks_head_and_embeddings_make_up_the_model(setting: Callable[..., Any], family: str, task: str) -> None:
+    anatomy = anatomy_of(setting, family, task)
+    head = {id(p) for p in anatomy.head_parameters().values()}
+    blocks = {id(p) for p in anatomy.blocks.parameters()}
+    below = {n for n, p in anatomy.model.named_parameters() if id(p) not in head | blocks}
+    assert head
+    assert not head & blocks
+    assert all("embeddings" in n or "embed_tokens" in n or n.endswith("model.norm.weight") or n == "norm.weight" for n in below)
+
+
+def test_heads_by_name(setting: Callable[..., Any]) -> None:
+    assert set(anatomy_of(setting, "bert", "classification").head_parameters()) == {
+        "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
+    }  # fmt: skip
+    assert set(anatomy_of(setting, "bert", "ner").head_parameters()) == {"classifier.weight", "classifier.bias"}
+    assert set(anatomy_of(setting, "llama", "classification").head_parameters()) == {"score.weight"}
+    tied = anatomy_of(setting, "llama", "causal_lm")
+    assert [id(p) for p in tied.head_parameters().values()] == [id(tied.embeddings.weight)]
+
+
+@pytest.mark.parametrize(("family", "parts"), [(BERT, 6), (LLAMA, 7)])
+def test_linears_of_a_family_in_the_order_of_the_data(family: Any, parts: int) -> None:
+    assert len(family.linears) == parts
+    assert family.linears[0] == family.query
+    assert family.linears[-1] == family.feed_out
+
+
+def test_known_families_and_the_refusal_of_others() -> None:
+    assert known_families() == ["bert", "llama", "qwen2", "roberta"]
+    with pytest.raises(ConfigError, match=r"the family 'mamba' is not known; known: bert, llama, qwen2, roberta"):
+        family_of(SimpleNamespace(model_type="mamba"))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "qwen2"])
+def test_families_under_shared_names_fit_their_models(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(
+        kind, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    anatomy = Anatomy.of(AutoModelForSequenceClassification.from_config(config))
+    inside = {id(m) for block in anatomy.blocks for m in block.modules() if isinstance(m, nn.Linear)}
+    assert {id(linear) for linear in anatomy.linears().values()} == inside
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal_lm")])
+def test_kept_blocks_compute_what_they_did(setting: Callable[..., Any], family: str, task: str) -> None:
+    one = setting(family, task)
+    blocks = list(Anatomy.of(one.model).blocks)
+    seen: list[Any] = []
+    handles = [block.register_forward_hook(lambda block, _, output: seen.append(block)) for block in blocks]
+    Anatomy.of(one.model).keep_blocks([2, 0])
+    cut = one.logits()
+    assert seen == [blocks[2], blocks[0]]
+    assert one.model.config.num_hidden_layers == 2
+    assert torch.isfinite(cut).all()
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_cut_language_model_still_writes(setting: Callable[..., Any]) -> None:
+    one = setting("llama", "causal_lm")
+    Anatomy.of(one.model).keep_blocks([1, 2])
+    ids = one.tokenizer("a tree", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    # The cache finds its layers by `layer_idx`: with and without it the same is written.
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(one.model.generate(ids, **settings), one.model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("indices", [[], [3], [-1], [0, 0]])
+def test_blocks_that_are_not_there(setting: Callable[..., Any], indices: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.layers=.* needs different layer numbers in 0\.\.2"):
+        Anatomy.of(setting().model).keep_blocks(indices)

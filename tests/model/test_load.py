@@ -1,0 +1,125 @@
+"""Loading: folders, packages, changes of the config, heads from a seed, empty models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from niwaki.errors import ConfigError
+from niwaki.model.load import KeepBlocks, Pretrained, dropouts
+from niwaki.model.tiny import Tiny
+
+
+@pytest.fixture
+def folder(setting: Callable[..., Any], tmp_path: Path) -> Path:
+    """A Hugging Face folder of a tiny classifier."""
+    one = setting()
+    one.model.save_pretrained(tmp_path / "hf")
+    one.tokenizer.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_a_folder_with_the_same_labels_keeps_its_head(setting: Callable[..., Any], folder: Path) -> None:
+    one = setting()
+    model = Pretrained(name=str(folder)).load(one.task, one.labels, seed=7)
+    assert torch.equal(one.logits(model), one.logits())
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_new_head_depends_on_the_seed_and_the_rest_does_not(setting: Callable[..., Any], folder: Path) -> None:
+    one = setting("bert", "classification")
+    load = lambda seed: Pretrained(name=str(folder)).load(one.task, ("a", "b"), seed).state_dict()  # noqa: E731
+    first, again, other = load(1), load(1), load(2)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert {n for n in first if not torch.equal(first[n], other[n])} == {"classifier.weight"}
+    assert first["classifier.weight"].shape == (2, 32)
+
+
+def test_labels_are_written_to_the_config(folder: Path, setting: Callable[..., Any]) -> None:
+    model = Pretrained(name=str(folder)).load(setting().task, ("a", "b"), 0)
+    assert model.config.id2label == {0: "a", 1: "b"}
+    assert model.config.label2id == {"a": 0, "b": 1}
+
+
+def test_dropout_and_overrides_reach_the_model(folder: Path, setting: Callable[..., Any]) -> None:
+    one = setting()
+    spec = Pretrained(name=str(folder), dropout=0.37, overrides={"hidden_act": "relu"})
+    model = spec.load(one.task, one.labels, 0)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.37}
+    assert model.config.hidden_act == "relu"
+    assert set(dropouts(model.config)) >= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+
+
+def test_an_override_of_no_field(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.overrides\.widht: a bert config has no such field"):
+        Pretrained(name=str(folder), overrides={"widht": 3}).config()
+
+
+def test_the_empty_model_has_shapes_and_no_weights(folder: Path, setting: Callable[..., Any]) -> None:
+    one = setting()
+    spec = Pretrained(name=str(folder), layers=[0, 2])
+    empty, whole = spec.empty(one.task, one.labels), spec.load(one.task, one.labels, 0)
+    assert all(p.is_meta for p in empty.parameters())
+    edits = spec.cut(whole)
+    assert edits == [KeepBlocks(blocks=[0, 2])]
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    assert whole.config.num_hidden_layers == 2
+
+
+def test_no_cut_without_layers(setting: Callable[..., Any]) -> None:
+    assert Tiny().cut(setting().model) == []
+
+
+def test_a_padding_token_is_chosen_where_there_is_none(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert Pretrained(name=str(folder)).tokenizer().pad_token_id is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dropout": 1.0}, r"^model\.dropout=1\.0"),
+        ({"dropout": -0.1}, r"^model\.dropout="),
+        ({"layers": []}, r"^model\.layers=\[\]"),
+        ({"layers": [0, -1]}, r"^model\.layers=\[0, -1\]"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Pretrained(name="x", **fields)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        _ = Pretrained(name=name).place
+
+
+def test_a_package_that_is_not_installed() -> None:
+    with pytest.raises(ConfigError, match=r"model\.package='no_such_model': is not installed; pip install no-such-model"):
+        _ = Pretrained(name="model", package="no_such_model").place
+
+
+def test_a_package_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "carrier_of_a_model").mkdir()
+    (tmp_path / "carrier_of_a_model" / "__init__.py").write_text("raise RuntimeError('was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = Pretrained(name="inner", package="carrier_of_a_model").place
+    assert place == str(tmp_path / "carrier_of_a_model" / "inner")
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
+    for load in (Pretrained(name=str(tmp_path)).config, Pretrained(name=str(tmp_path)).tokenizer):
+        with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+            load()
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,283 @@
+"""The artifact: what is saved comes back bit for bit, and what was damaged is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+from niwaki import artifact
+from niwaki.compression.quantize.integers import IntegerLinear, UseIntegers
+from niwaki.compression.quantize.qat import QAT
+from niwaki.errors import ArtifactError
+from niwaki.model.load import KeepBlocks, Pretrained
+from niwaki.weights import fold
+
+KINDS = [(family, task) for family in ("bert", "llama") for task in ("classification", "ner", "causal_lm")]
+
+
+def save(one: Any, folder: Path, *forms: str, **settings: Any) -> dict[str, Any]:
+    """Save the model, cut or as integers; returns the config that it started from."""
+    base_config = one.model.config.to_dict()
+    edits: list[Any] = []
+    if "cut" in forms:
+        edits.append(KeepBlocks(blocks=[2, 0]))
+        edits[0].apply(one.model)
+    if "integers" in forms:
+        context, stage = one.context(), QAT(**settings)
+        stage.prepare(one.model, context)
+        context.records.update(fold(context.targets))
+        edits += stage.finalize(one.model, context)
+    artifact.save(
+        folder, model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=base_config, edits=edits,
+    )  # fmt: skip
+    return base_config
+
+
+@pytest.mark.parametrize(("family", "task"), KINDS)
+@pytest.mark.parametrize("forms", [(), ("cut",), ("integers",), ("cut", "integers")], ids=lambda f: "+".join(f) or "dense")
+def test_round_trip(setting: Callable[..., Any], tmp_path: Path, family: str, task: str, forms: tuple[str, ...]) -> None:
+    one = setting(family, task)
+    base_config = save(one, tmp_path / "model", *forms, **({"bits": 4, "group": 16} if "integers" in forms else {}))
+    torch.manual_seed(99)
+    back = artifact.load(tmp_path / "model")
+    assert torch.equal(one.logits(back.model), one.logits())
+    assert not back.model.training
+    assert (back.task, back.labels) == (one.task, one.labels)
+    assert back.base_config == json.loads(json.dumps(base_config))
+    assert [type(edit) for edit in back.edits] == [
+        {"cut": KeepBlocks, "integers": UseIntegers}[form] for form in forms
+    ]
+    assert back.tokenizer("garden tree")["input_ids"] == one.tokenizer("garden tree")["input_ids"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("family", "task"), KINDS)
+@pytest.mark.parametrize("form", ["dense", "cut"])
+def test_hugging_face_reads_the_folder(setting: Callable[..., Any], tmp_path: Path, family: str, task: str, form: str) -> None:
+    one = setting(family, task)
+    save(one, tmp_path / "model", form)
+    model = getattr(transformers, one.task.auto_class).from_pretrained(tmp_path / "model")
+    assert torch.equal(one.logits(model), one.logits())
+    if one.labels:
+        assert model.config.id2label == dict(enumerate(one.labels))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_tied_weights_are_stored_once(setting: Callable[..., Any], tmp_path: Path, family: str) -> None:
+    one = setting(family, "causal_lm")
+    save(one, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / artifact.WEIGHTS)
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(p.numel() for p in one.model.parameters())
+    back = artifact.load(tmp_path / "model").model
+    assert back.get_output_embeddings().weight is back.get_input_embeddings().weight
+
+
+def test_equal_bytes_of_different_tensors_are_both_kept() -> None:
+    first = torch.arange(6.0)
+    model = nn.Module()
+    model.register_buffer("whole", first)
+    model.register_buffer("part", first[:3])
+    assert set(artifact.unique_tensors(model)) == {"whole", "part"}
+
+
+def test_integers_are_integers_on_disk(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    save(one, tmp_path / "model", "integers", bits=3, group=8)
+    stored = load_file(tmp_path / "model" / artifact.WEIGHTS)
+    codes = {name: tensor for name, tensor in stored.items() if name.endswith(".codes")}
+    weights = 3 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert len(codes) == 18
+    assert {tensor.dtype for tensor in codes.values()} == {torch.uint8}
+    assert sum(tensor.numel() for tensor in codes.values()) == weights * 3 // 8
+    assert sum(stored[n.replace("codes", "scale")].numel() for n in codes) == weights // 8
+
+
+def test_as_the_start_of_another_training(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    save(one, tmp_path / "model", "cut", "integers")
+    again = Pretrained(name=str(tmp_path / "model"))
+    dense = again.load(one.task, one.labels, seed=5)
+    assert not any(isinstance(module, IntegerLinear) for module in dense.modules())
+    for name, module in one.model.named_modules():
+        if isinstance(module, IntegerLinear):
+            assert torch.equal(dense.get_submodule(name).weight, module.dequantized())
+    assert torch.equal(dense.classifier.weight, one.model.classifier.weight)
+    other = again.load(one.task, ("a", "b"), seed=5)
+    assert other.classifier.out_features == 2
+    assert torch.equal(other.bert.embeddings.word_embeddings.weight, one.model.bert.embeddings.word_embeddings.weight)
+
+
+def test_saving_again_replaces_the_folder(setting: Callable[..., Any], tmp_path: Path) -> None:
+    save(setting(), tmp_path / "model")
+    (tmp_path / "model" / "stale").write_text("x")
+    one = setting(seed=1)
+    save(one, tmp_path / "model")
+    assert not (tmp_path / "model" / "stale").exists()
+    assert torch.equal(one.logits(artifact.load(tmp_path / "model").model), one.logits())
+
+
+def test_a_failed_save_leaves_nothing_behind(
+    setting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setting()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(one.tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save(one, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_keeps_the_artifact_that_was_there(
+    setting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setting()
+    save(one, tmp_path / "model")
+    monkeypatch.setattr(artifact, "checksum", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(setting(seed=1), tmp_path / "model")
+    monkeypatch.undo()
+    assert torch.equal(one.logits(artifact.load(tmp_path / "model").model), one.logits())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    from niwaki.model.tiny import Tiny
+    from niwaki.task.classification import Classification
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model = Tiny().load(Classification(), ("a", "b"), 0)
+    artifact.save(
+        folder, model=model, tokenizer=tokenizer, task=Classification(), labels=("a", "b"),
+        base_config=model.config.to_dict(), edits=[],
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def damaged(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "damaged"))
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        artifact.load(folder)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def change_card(folder: Path, **fields: Any) -> None:
+    card = json.loads((folder / "niwaki.json").read_text())
+    (folder / "niwaki.json").write_text(json.dumps(card | fields))
+
+
+def test_no_artifact(tmp_path: Path) -> None:
+    refused(tmp_path, str(tmp_path), "niwaki.json")
+    refused(tmp_path / "nowhere", "nowhere")
+
+
+def test_a_truncated_file(damaged: Path) -> None:
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    refused(damaged, "model.safetensors", "truncated")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_an_altered_byte(damaged: Path, name: str) -> None:
+    content = bytearray((damaged / name).read_bytes())
+    content[-2] ^= 1
+    (damaged / name).write_bytes(content)
+    refused(damaged, name, "was altered")
+
+
+def test_a_missing_file(damaged: Path) -> None:
+    (damaged / "tokenizer.json").unlink()
+    refused(damaged, "tokenizer.json", "is missing")
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", None])
+def test_another_schema(damaged: Path, schema: object) -> None:
+    change_card(damaged, schema=schema)
+    refused(damaged, f"schema {schema}", "this version reads 1")
+
+
+@pytest.mark.parametrize("edit", ["os:system", "niwaki.artifact:shutil", "niwaki.task.ner:NER", ""])
+def test_a_foreign_edit(damaged: Path, edit: str) -> None:
+    change_card(damaged, edits=[{"edit": edit, "command": "touch sang"}])
+    refused(damaged, "edits", edit.replace(":", "."))
+
+
+@pytest.mark.parametrize("task", ["os:system", "niwaki.model.load:KeepBlocks", "niwaki.task.task:Task"])
+def test_a_foreign_task(damaged: Path, task: str) -> None:
+    change_card(damaged, task=task)
+    refused(damaged, "task")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"schema": 1}', '{"schema": 1, "files": [1]}', "\ud800"])
+def test_a_damaged_card(damaged: Path, text: str) -> None:
+    (damaged / "niwaki.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    refused(damaged, "niwaki.json", "damaged")
+
+
+@pytest.mark.parametrize("field", ["task", "task_settings", "labels", "base_config", "edits"])
+def test_a_card_that_lacks_a_field(damaged: Path, field: str) -> None:
+    card = json.loads((damaged / "niwaki.json").read_text())
+    del card[field]
+    (damaged / "niwaki.json").write_text(json.dumps(card))
+    refused(damaged, "niwaki.json", "damaged", field)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        KeepBlocks(blocks=[7]),
+        UseIntegers(modules=["no.such"], bits=8, group=None, activation_bits=None),
+        UseIntegers(modules=["bert"], bits=8, group=None, activation_bits=None),
+    ],
+)
+def test_an_edit_that_cannot_be_made(damaged: Path, edit: Any) -> None:
+    change_card(damaged, edits=[edit.to_json()])
+    refused(damaged, "no model that can be built")
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "nothing"}])
+def test_a_config_that_is_none(damaged: Path, config: dict[str, Any]) -> None:
+    change_card(damaged, base_config=config)
+    refused(damaged, "no model that can be built")
+
+
+def test_weights_of_another_structure(damaged: Path) -> None:
+    card = json.loads((damaged / "niwaki.json").read_text())
+    change_card(damaged, edits=[KeepBlocks(blocks=[0]).to_json()])
+    refused(damaged, "model.safetensors", "does not fit the structure")
+    change_card(damaged, edits=[], base_config=card["base_config"] | {"num_hidden_layers": 4})
+    refused(damaged, "model.safetensors", "does not fit the structure", "encoder.layer.3")
+    change_card(damaged, base_config=card["base_config"] | {"intermediate_size": 48})
+    refused(damaged, "do not fit the structure")
+
+
+def test_a_file_outside_the_folder_is_not_looked_at(damaged: Path) -> None:
+    card = json.loads((damaged / "niwaki.json").read_text())
+    (damaged.parent / "outside").write_text("x")
+    change_card(damaged, files=card["files"] | {"../outside": {"bytes": 1, "sha256": ""}})
+    refused(damaged, "../outside")
+
+
+def test_weights_that_no_checksum_covers_are_refused(damaged: Path) -> None:
+    files = json.loads((damaged / "niwaki.json").read_text())["files"]
+    del files["model.safetensors"]
+    change_card(damaged, files=files)
+    refused(damaged, "names no model.safetensors")

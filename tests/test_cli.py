@@ -1,0 +1,314 @@
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from niwaki import artifact, cli, compose, pipeline
+
+TEXTS = {
+    "tree": ["a pine in a pot", "the oak of the garden", "bend the maple", "old juniper"],
+    "fish": ["the koi in the pond", "feed the carp", "a pond with goldfish", "red koi"],
+}
+ROWS = [
+    {"text": f"{text} {i}", "label": label}
+    for i in range(6)
+    for label, texts in TEXTS.items()
+    for text in texts
+]
+SENTENCES = [
+    {"tokens": ["ada", "met", "alan", "turing"], "tags": ["B-PER", "O", "B-PER", "I-PER"]},
+    {"tokens": ["nobody", "came", "to", "kyoto"], "tags": ["O", "O", "O", "B-LOC"]},
+] * 12
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def train(folder, rows, *overrides):
+    """A run of the real pipeline on a tiny model; the same rows are train, validation and test."""
+    file = write(folder / "rows.jsonl", rows)
+    run = folder / "run"
+    run.mkdir()
+    data = [f"data.{split}='{file}'" for split in ("train", "validation", "test")]
+    settings = [
+        "data=files",
+        "model=tiny-bert",
+        "trainer=debug",
+        "logger=none",
+        "callbacks=[]",
+        "measure=scores",
+    ]
+    config = compose.compose(
+        [*settings, *data, "optimizer.lr=0.01", "trainer.max_steps=20", *overrides]
+    ).config
+    pipeline.run(compose.build(config), run, config)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a classification task, half of its weights pruned."""
+    return train(
+        tmp_path_factory.mktemp("classes"), ROWS, "trainer.max_epochs=10", "compression=[prune/magnitude]"
+    )
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory):
+    """A finished run of a tagging task."""
+    return train(tmp_path_factory.mktemp("tags"), SENTENCES, "task=ner")
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A finished run of a language model."""
+    rows = [{"text": row["text"]} for row in ROWS]
+    return train(
+        tmp_path_factory.mktemp("lm"), rows, "task=causal_lm", "model=tiny-llama", "task.max_new_tokens=5"
+    )
+
+
+@pytest.fixture
+def niwaki(monkeypatch, capsys):
+    """`niwaki(*arguments, stdin=...)`: exit code, stdout, stderr of a command."""
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["niwaki", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capsys.readouterr()
+        return stop.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def refused(niwaki):
+    """`refused(*arguments)`: the one line on stderr with which a command ends."""
+
+    def call(*arguments, **settings):
+        code, out, err = niwaki(*arguments, **settings)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return call
+
+
+def lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_help_names_the_commands_without_heavy_imports():
+    code = (
+        "import sys\nfrom niwaki import cli\nsys.argv = ['niwaki', '--help']\n"
+        "heavy = 'torch transformers datasets pandas matplotlib hydra yaml rich'.split()\n"
+        "try:\n    cli.main()\nfinally:\n"
+        "    print('HEAVY', [name for name in heavy if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "HEAVY []" in said.stdout
+    for name in ("evaluate", "predict", "list", "report", "verify"):
+        assert f"\n  {name} " in said.stdout
+
+
+def test_evaluate_gives_the_scores_that_the_run_measured(niwaki, run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    code, out, _ = niwaki("evaluate", run, run.parent / "rows.jsonl")
+    assert code == 0
+    found = json.loads(out)
+    assert found.pop("rows") == 48
+    assert found == pytest.approx(metrics["after"]["test"])
+    assert found["accuracy"] > 0.7
+    assert niwaki("evaluate", run / "model", run.parent / "rows.jsonl", "--batch-size", 5)[0] == 0
+
+
+def test_evaluate_reads_other_formats_and_column_names(niwaki, run, tmp_path):
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["kind", "sentence"])
+        writer.writerows((row["label"], row["text"]) for row in ROWS[:9])
+    _, out, _ = niwaki(
+        "evaluate", run, tmp_path / "rows.csv", "--column", "text=sentence", "--column", "label=kind"
+    )
+    _, expected, _ = niwaki("evaluate", run, write(tmp_path / "same.jsonl", ROWS[:9]))
+    assert json.loads(out) == json.loads(expected)
+    assert json.loads(out)["rows"] == 9
+
+
+def test_evaluate_reports_every_class(niwaki, tagger):
+    metrics = json.loads((tagger / "metrics.json").read_text())
+    _, out, _ = niwaki("evaluate", tagger, tagger.parent / "rows.jsonl", "--report")
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines()]
+    support = {row[0]: int(row[4].replace(",", "")) for row in table[2:] if not row[0].startswith("*")}
+    assert support == {tag: row["support"] for tag, row in metrics["per_class"].items()}
+    assert sum(support.values()) == 96
+    assert sum(row[0].startswith("*") for row in table) == len(metrics["averages"])
+
+
+def test_evaluate_measures_a_language_model(niwaki, writer):
+    metrics = json.loads((writer / "metrics.json").read_text())
+    _, out, _ = niwaki("evaluate", writer, writer.parent / "rows.jsonl")
+    assert json.loads(out)["perplexity"] == pytest.approx(metrics["after"]["test"]["perplexity"])
+
+
+def test_a_task_without_classes_has_no_table_of_them(refused, writer):
+    assert refused("evaluate", writer, writer.parent / "rows.jsonl", "--report") == (
+        "--report: causal_lm has no table per class; leave it out"
+    )
+
+
+def test_evaluate_names_a_label_that_the_artifact_does_not_know(refused, run, tmp_path):
+    file = write(tmp_path / "odd.jsonl", [*ROWS[:2], {"text": "a shrub", "label": "trees"}])
+    assert refused("evaluate", run, file) == (
+        f"{file} row 3: label 'trees' is none of the 2 that the artifact knows; the nearest is 'tree'"
+    )
+
+
+def test_evaluate_names_the_line_and_the_option_that_would_help(refused, run, tmp_path):
+    file = write(tmp_path / "other.jsonl", [{"texts": "a", "label": "tree"}])
+    assert (
+        refused("evaluate", run, file)
+        == f"{file}: no column 'text'; found texts, label; use --column text=texts"
+    )
+    file = write(tmp_path / "gap.jsonl", [*ROWS[:2], {"text": " ", "label": "tree"}])
+    assert refused("evaluate", run, file) == f"{file} line 3: column 'text' is empty"
+    assert refused("evaluate", run, tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'}: no such file"
+    assert (
+        refused("evaluate", run, file, "--column", "text")
+        == "--column text: needs NAME=THEIRS, such as text=sentence"
+    )
+
+
+def test_predict_answers_each_text_in_order_as_the_model_does(niwaki, run):
+    texts = [row["text"] for row in ROWS]
+    code, out, err = niwaki("predict", run, *texts)
+    assert (code, err) == (0, "")
+    found = lines(out)
+    assert [answer["text"] for answer in found] == texts
+    saved = artifact.load(run / "model")
+    for answer in found[:4]:
+        logits = saved.model(**saved.tokenizer(answer["text"], return_tensors="pt")).logits[0]
+        assert answer["label"] == saved.labels[int(logits.argmax())]
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-3)
+    right = sum(answer["label"] == row["label"] for answer, row in zip(found, ROWS, strict=True))
+    assert right / len(ROWS) == json.loads((run / "metrics.json").read_text())["after"]["test"]["accuracy"]
+
+
+def test_predict_reads_arguments_files_and_stdin_alike(niwaki, run, tmp_path):
+    texts = [row["text"] for row in ROWS[:5]]
+    expected = lines(niwaki("predict", run, *texts)[1])
+    (tmp_path / "texts.txt").write_text("\ufeff" + "\r\n".join(texts) + "\r\n", encoding="utf-8")
+    (tmp_path / "texts.csv").write_text("id,sentence\n" + "".join(f"{i},{t}\n" for i, t in enumerate(texts)))
+    write(tmp_path / "texts.jsonl", [{"text": text, "label": "unread"} for text in texts])
+    for arguments in (
+        ["--file", tmp_path / "texts.txt"],
+        ["--file", tmp_path / "texts.csv", "--column", "text=sentence"],
+        ["--file", tmp_path / "texts.jsonl", "--batch-size", "2"],
+    ):
+        assert [answer["label"] for answer in lines(niwaki("predict", run, *arguments)[1])] == [
+            a["label"] for a in expected
+        ]
+    assert lines(niwaki("predict", run, stdin="\n".join(texts))[1]) == expected
+
+
+def test_predict_finds_entities_at_their_offsets(niwaki, tagger):
+    text = "ada met alan turing in kyoto"
+    (answer,) = lines(niwaki("predict", tagger, text)[1])
+    assert answer["text"] == text
+    for entity in answer["entities"]:
+        assert text[entity["start"] : entity["end"]] == entity["text"]
+        assert entity["entity"] in ("PER", "LOC")
+
+
+def test_predict_writes_on(niwaki, writer):
+    (answer,) = lines(niwaki("predict", writer, "a pine")[1])
+    assert set(answer) == {"text", "generated"}
+
+
+def test_predict_refuses_what_it_cannot_answer(refused, run, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("a\n\nb\n")
+    assert refused("predict", run, "--file", file) == f"{file} line 2: is empty"
+    assert refused("predict", run, stdin="\nb\n") == "stdin line 1: is empty"
+    file.write_bytes(b"\xff\xfe\n")
+    assert refused("predict", run, "--file", file) == f"{file} line 1: not UTF-8; convert it first"
+    assert refused("predict", run, "a", "--file", file) == "predict: give texts or --file, not both"
+    assert "No such file" in refused("predict", run, "--file", tmp_path / "none.txt")
+    assert (
+        refused("predict", run, "a", "--column", "text=x")
+        == "--column text=x: names a column of --file; give one"
+    )
+
+
+def test_a_folder_without_an_artifact_is_refused(refused, tmp_path):
+    assert refused("predict", tmp_path, "a") == (
+        f"artifact {tmp_path}: needs the folder of a run or its model/, with niwaki.json in it"
+    )
+
+
+def test_verify_shows_what_the_artifact_holds(niwaki, run):
+    metrics = json.loads((run / "metrics.json").read_text())["after"]
+    code, out, _ = niwaki("verify", run)
+    assert code == 0
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert shown["task"].startswith("classification (max_length 128")
+    assert shown["labels"] == "2: fish, tree"
+    assert shown["edits"] == "none"
+    assert shown["bytes"].startswith(f"{metrics['bytes']:,} (")
+    assert float(shown["sparsity"]) == pytest.approx(1 - metrics["nonzero"] / metrics["parameters"], abs=1e-4)
+    assert float(shown["sparsity"]) > 0.2
+
+
+def test_verify_finds_an_altered_file(refused, run, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(run / "model", copy)
+    weights = copy / artifact.WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "model.safetensors was altered" in refused("verify", copy)
+    weights.write_bytes(content[:-1])
+    assert "model.safetensors is truncated" in refused("verify", copy)
+
+
+def test_list_prints_the_catalogue(niwaki, refused):
+    _, out, _ = niwaki("list", "tuning")
+    assert len(out.splitlines()) > 2
+    assert all(line.startswith("tuning=") for line in out.splitlines())
+    assert "| option | what it is | paper |" in niwaki("list", "--markdown")[1]
+    assert "did you mean task?" in refused("list", "tasks")
+
+
+def test_report_gathers_runs(niwaki, refused, run, tmp_path):
+    other = tmp_path / "dense"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("model"))
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(metrics | {"tuning": "none"}))
+    chosen = ("--rows", "tuning, task", "--metrics", "after.test.f1,after.bytes", "--baseline", "tuning=full")
+    code, out, _ = niwaki("report", run, other, *chosen, "--output", tmp_path / "all")
+    assert code == 0
+    header = [cell.strip() for cell in out.splitlines()[0].strip("| ").split("|")]
+    assert header == ["tuning", "task", "n", "test.f1", "bytes"]
+    assert "against tuning=full" in out
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"report.md", "report.csv", "report.png"}
+    assert refused("report", run, "--x", "after.bytes") == "--x: belongs to the picture; give --output"
+    assert "report: no folder" in refused("report", tmp_path / "empty")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    code = "from niwaki import cli\nimport sys\nsys.argv = ['niwaki', 'list']\ncli.main()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait() == 1

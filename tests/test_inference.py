@@ -1,0 +1,77 @@
+import pytest
+
+from niwaki import inference
+from niwaki.data.source import Needs
+from niwaki.errors import DataError
+
+
+class Echo:
+    """A task that notes the size of each batch."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def answers(self, model, tokenizer, labels, rows):
+        self.sizes.append(len(rows))
+        yield from rows
+
+
+class Saved:
+    model = tokenizer = labels = None
+
+    def __init__(self):
+        self.task = Echo()
+
+
+def test_answers_come_before_the_next_batch_is_read():
+    read = []
+
+    def rows():
+        for i in range(5):
+            read.append(i)
+            yield {"text": str(i)}
+
+    saved = Saved()
+    found = inference.answers(saved, rows(), 2)
+    assert next(found) == {"text": "0"}
+    assert read == [0, 1]
+    assert [row["text"] for row in found] == ["1", "2", "3", "4"]
+    assert saved.task.sizes == [2, 2, 1]
+
+
+def test_only_a_task_of_pairs_gets_pairs(tmp_path):
+    file = tmp_path / "pairs.tsv"
+    file.write_text("text\ttext_pair\tid\na\tb\t1\n")
+    pairs = Needs(required=("text", "label"), optional=("text_pair",))
+    assert list(inference.file_rows(file, {}, pairs)) == [{"text": "a", "text_pair": "b"}]
+    assert list(inference.file_rows(file, {}, Needs(required=("text",)))) == [{"text": "a"}]
+
+
+def test_packed_lines_lose_their_line_breaks(tmp_path):
+    import gzip
+
+    file = tmp_path / "lines.txt.gz"
+    file.write_bytes(gzip.compress(b"one\ntwo\r\n"))
+    assert list(inference.file_rows(file, {}, Needs(required=("text",)))) == [
+        {"text": "one"},
+        {"text": "two"},
+    ]
+
+
+def test_a_whole_file_gives_every_row_in_order(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(30)))
+    rows = inference.WholeFile(train=str(file)).rows(Needs(required=("text", "label")))
+    assert rows["text"][:] == [f"t{i}" for i in range(30)]
+
+
+def test_labels_inside_lists_are_checked_too(tmp_path):
+    file = tmp_path / "tags.conll"
+    file.write_text("ada B-PER\nmet O\n\nkyoto B-LOC\n")
+    rows = inference.WholeFile(train=str(file)).rows(Needs(required=("tokens", "tags")))
+    inference.check_labels(rows, ("B-LOC", "B-PER", "O"), "f")
+    with pytest.raises(
+        DataError, match=r"f row 2: tags 'B-LOC' is none of the 2 that the artifact knows; the nearest is"
+    ):
+        inference.check_labels(rows, ("B-PER", "O"), "f")
+    inference.check_labels(rows, (), "f")
