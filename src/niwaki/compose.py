@@ -89,7 +89,9 @@ def compose(overrides: Sequence[str]) -> Composed:
         safe_name(config, "name")
         safe_name(config, "study")
         return Composed(config, Path(hydra.run.dir), Path(hydra.sweep.dir), plain)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise ConfigError(explain(error)) from error
 
 

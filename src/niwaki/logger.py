@@ -69,15 +69,15 @@ class Wandb(LoggerSettings):
     upload_artifact: bool = False
 
     def build(self, folder: Path, config: Mapping[str, Any]) -> Logger | None:
+        import wandb
         from pytorch_lightning.loggers import WandbLogger
 
-        os.environ.setdefault("WANDB_SILENT", "true")
-        online = logged_in() and os.environ.get("WANDB_MODE", "online") == "online"
-        logger = WandbLogger(
-            project=self.project, name=folder.name, save_dir=folder, offline=not online, config=dict(config)
-        )
-        logger.experiment  # noqa: B018  (starts the run here, where a failure is seen)
-        return logger
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        run = wandb.init(
+            project=self.project, name=folder.name, dir=folder, mode=mode, config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+        return WandbLogger(experiment=run)
 
     def finish(self, logger: Logger | None, folder: Path, metrics: Mapping[str, Any]) -> None:
         import wandb

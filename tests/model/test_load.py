@@ -106,15 +106,15 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) ->
 
 
 def test_a_package_that_is_not_installed() -> None:
-    with pytest.raises(ConfigError, match=r"model\.package='no_such_model': is not installed; pip install no-such-model"):
-        _ = Pretrained(name="model", package="no_such_model").place
+    with pytest.raises(ConfigError, match=r"model\.name='package:no_such_model/m': the package is not installed; pip install no-such-model"):
+        _ = Pretrained(name="package:no_such_model/m").place
 
 
 def test_a_package_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "carrier_of_a_model").mkdir()
     (tmp_path / "carrier_of_a_model" / "__init__.py").write_text("raise RuntimeError('was run')")
     monkeypatch.syspath_prepend(tmp_path)
-    place = Pretrained(name="inner", package="carrier_of_a_model").place
+    place = Pretrained(name="package:carrier_of_a_model/inner").place
     assert place == str(tmp_path / "carrier_of_a_model" / "inner")
 
 

@@ -30,15 +30,14 @@ class KeepBlocks(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A model by `name`: a folder (Hugging Face's or an artifact of this project), else a hub name.
+    """A model by `name`: a folder (Hugging Face's, an artifact of this project, or a run that holds one), else
+    `package:NAME/FOLDER` for one that an installed Python package carries, else a hub name.
 
-    `package`: a Python package that carries the model in its subfolder `name`.
     `layers`: the blocks to keep; null keeps all. `dropout`: overrides every dropout of the config.
     `overrides`: other fields of the Hugging Face config.
     """
 
     name: str
-    package: str | None = None
     revision: str | None = None
     layers: Sequence[int] | None = None
     dropout: float | None = None
@@ -55,14 +54,8 @@ class Pretrained:
         """The folder or hub name to load from.
 
         Raises:
-            ConfigError: the package is not installed, or the folder does not exist.
+            ConfigError: there is no such folder, or the package that should hold it is not installed.
         """
-        if self.package:
-            found = importlib.util.find_spec(self.package)
-            if found is None or not found.submodule_search_locations:
-                pip = self.package.replace("_", "-")
-                raise ConfigError(f"model.package={self.package!r}: is not installed; pip install {pip}")
-            return str(Path(found.submodule_search_locations[0]) / self.name)
         return located(self.name, "model.name")
 
     def tokenizer(self) -> Any:
@@ -141,14 +134,22 @@ class Pretrained:
 
 
 def located(name: str, field: str) -> str:
-    """`name` as a folder where it is one, else as a hub name.
+    """The folder that `name` stands for, else `name` itself, for the hub.
 
     Raises:
-        ConfigError: it is written like a folder, and there is none.
+        ConfigError: it is written like a folder, and there is none; or its package is not installed.
     """
+    package, _, inner = name.removeprefix("package:").partition("/")
+    if name.startswith("package:"):
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            pip = package.replace("_", "-")
+            raise ConfigError(f"{field}={name!r}: the package is not installed; pip install {pip}")
+        return str(Path(found.submodule_search_locations[0]) / inner)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(folder)
+        inside = folder / "model"  # of a run
+        return str(inside if not (folder / "config.json").is_file() and inside.is_dir() else folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{field}={name!r}: there is no such folder")
     return name

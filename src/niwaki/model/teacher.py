@@ -9,7 +9,7 @@ import torch
 
 from niwaki import artifact
 from niwaki.errors import ConfigError
-from niwaki.model.load import Pretrained, auto_class
+from niwaki.model.load import Pretrained, auto_class, located
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -23,6 +23,7 @@ def load_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict
     Raises:
         ConfigError: another task, other labels, another vocabulary, or no trained head.
     """
+    place = located(place, FIELD)
     if artifact.is_artifact(place):
         saved = artifact.load(place)
         if type(saved.task) is not type(task):

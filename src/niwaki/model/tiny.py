@@ -29,7 +29,6 @@ class Tiny(Pretrained):
     """A random model of a family, 3 blocks of width 32, on characters. Nothing is read from anywhere."""
 
     name: str = "bert"
-    package: None = None
     layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,91 @@
+"""Every option of every group composes and builds; none is forgotten."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from niwaki import compose
+from niwaki.recipe import AXES, Recipe
+
+FOLDER = compose.config_folder()
+MANY = compose.GROUPS_OF_MANY
+FILES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
+OPTIONS = [name.split("/", 1) for name in FILES if "/" in name and not name.startswith("experiment/")]
+EXPERIMENTS = [name.split("/", 1)[1] for name in FILES if name.startswith("experiment/")]
+NEEDED = {
+    "data/files": ["data.train=rows.jsonl"],
+    "data/hub": ["data.path=ag_news"],
+    "model/pretrained": ["model.name=some/model"],
+    "compression/distill/logits": ["compression.logits.teacher=some/model"],
+}
+
+
+def test_the_count() -> None:
+    """A new option changes this number, so that none is lost from the tests unseen."""
+    assert len(OPTIONS) == 39
+    assert {group for group, _ in OPTIONS} == {*AXES, *MANY}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_builds(group: str, option: str) -> None:
+    chosen = f"{group}=[{option}]" if group in MANY else f"{group}={option}"
+    recipe = compose.build(compose.compose([chosen, *NEEDED.get(f"{group}/{option}", [])]).config)
+    assert isinstance(recipe, Recipe)
+    value = getattr(recipe, group)
+    assert len(value) == 1 if group in MANY else isinstance(value, AXES[group])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_builds(name: str) -> None:
+    assert isinstance(compose.build(compose.compose([f"+experiment={name}"]).config), Recipe)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_lists_every_setting(group: str, option: str) -> None:
+    """What can be set stands in the file, so that a plain override reaches it and a reader finds it."""
+    if option == "debug":
+        return
+    node = yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text())
+    kind = compose.resolve(node["_target_"], compose.KINDS)
+    declared = {field.name for field in dataclasses.fields(kind) if field.init}
+    assert set(node) - {"_target_"} == declared
+
+
+def test_a_nested_option_stands_under_its_own_name() -> None:
+    for path in (FOLDER / "compression").rglob("*.yaml"):
+        first = path.read_text().splitlines()[0]
+        assert first == f"# @package compression.{path.stem}", path
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    ["compression=[prune/magnitude,quantize/int8]", "compression=prune/magnitude", "compression=[]"],
+)
+def test_a_list_of_methods_in_all_its_forms(chosen: str) -> None:
+    recipe = compose.build(compose.compose([chosen]).config)
+    assert [s.name for s in recipe.stages[1:]] == [n for n in ("prune/magnitude", "quantize/int8") if n in chosen]
+
+
+def test_a_sweep_over_lists_makes_its_points() -> None:
+    points, varied = compose.points(["seed=0,1", "compression=[],[prune/magnitude]", "tuning=lora"])
+    assert varied == ["seed", "compression"]
+    assert [point[:2] for point in points] == [
+        ["seed=0", "compression=[]"],
+        ["seed=0", "compression=[prune/magnitude]"],
+        ["seed=1", "compression=[]"],
+        ["seed=1", "compression=[prune/magnitude]"],
+    ]
+    assert all(point[2] == "tuning=lora" for point in points)
+
+
+def test_only_two_files_know_hydra() -> None:
+    root = Path(__file__).parents[1]
+    knowing = {
+        path.relative_to(root).as_posix()
+        for path in [root / "train.py", *(root / "src").rglob("*.py")]
+        if any(line.startswith(("import hydra", "from hydra", "from omegaconf", "import omegaconf"))
+               for line in path.read_text().splitlines())
+    }  # fmt: skip
+    assert knowing == {"train.py", "src/niwaki/compose.py"}
