@@ -23,7 +23,7 @@ quickstart: $(READY) ## Fine-tune, prune and quantize a pretrained model in a fe
 	$(BIN)/python train.py +experiment=quickstart
 
 test: $(READY) ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY) ## Lint, check the formatting and the types
 	$(BIN)/ruff check .
