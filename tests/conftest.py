@@ -31,7 +31,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
         Classification(),
         ("maybe", "no", "yes"),
         {
-            "text": ["a pine", "no", "the old garden tree", "cut it", "yes, of course", "x", "wire", "a moss wall"],
+            "text": ["a pine", "no", "the old garden tree", "cut it", "yes, of course", "x", "wire", "wall"],
             "label": ["yes", "no", "maybe", "no", "yes", "no", "maybe", "yes"],
         },
     ),
@@ -43,7 +43,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
             "tags": [["B-PER", "O", "B-PER", "I-PER"], ["O", "O"], ["B-PER"], ["O", "O", "B-PER"]],
         },
     ),
-    "causal_lm": (CausalLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait for spring"]}),
+    "causal_lm": (CausalLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
 }  # fmt: skip
 IGNORED_WARNINGS = (
     "ignore:.*does not have many workers.*",
@@ -94,8 +94,8 @@ class Setting:
     def context(self, steps: int = 10, load_teacher: Any = None) -> Context:
         anatomy = Anatomy.of(self.model)
         return Context(
-            anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0, head_learns=self.task.head_learns,
-            predictions=self.task.predictions, load_teacher=load_teacher,
+            anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0,
+            head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
         )  # fmt: skip
 
     def logits(self, model: Any = None) -> torch.Tensor:
@@ -109,8 +109,8 @@ class Setting:
     ) -> Learner:
         return Learner(
             self.model, task=self.task, labels=self.labels, optimizer=optimizer or SGD(lr=0.05),
-            schedule=Constant(warmup=0.0), steps=steps, terms={n: t for e in effects for n, t in e.terms.items()},
-            task_weight=1.0,
+            schedule=Constant(warmup=0.0), steps=steps, task_weight=1.0,
+            terms={n: t for e in effects for n, t in e.terms.items()},
         )  # fmt: skip
 
 
@@ -139,14 +139,22 @@ def setting(tokenizers: dict[str, Any]) -> Callable[..., Setting]:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., pl.Trainer]:
-    """`train(learner, batches, callbacks=..., **settings of Lightning's Trainer)`: a fit without decoration."""
+    """`train(learner, batches, **settings of Lightning's Trainer)`: a fit without decoration."""
 
-    def run(learner: Learner, batches: Sequence[Any], validation: Sequence[Any] | None = None, **settings: Any) -> Any:
+    def run(
+        learner: Learner, batches: Sequence[Any], validation: Sequence[Any] | None = None, **settings: Any
+    ) -> Any:
         ckpt_path = settings.pop("ckpt_path", None)
-        loader = [torch.utils.data.DataLoader(list(rows), batch_size=None) for rows in (batches, validation) if rows]  # type: ignore[arg-type, var-annotated]
+        # A generator of its own: the global one is the model's dropout's.
+        loader = [
+            torch.utils.data.DataLoader(list(rows), batch_size=None, generator=torch.Generator())  # type: ignore[arg-type, var-annotated]
+            for rows in (batches, validation)
+            if rows
+        ]
         plain: dict[str, Any] = {
-            "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": tmp_path, "max_epochs": 1,
+            "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1,
+            "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
         }  # fmt: skip
         trainer = pl.Trainer(**(plain | settings))
         learner.model.train()

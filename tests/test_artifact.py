@@ -44,10 +44,16 @@ def save(one: Any, folder: Path, *forms: str, **settings: Any) -> dict[str, Any]
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
-@pytest.mark.parametrize("forms", [(), ("cut",), ("integers",), ("cut", "integers")], ids=lambda f: "+".join(f) or "dense")
-def test_round_trip(setting: Callable[..., Any], tmp_path: Path, family: str, task: str, forms: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "forms", [(), ("cut",), ("integers",), ("cut", "integers")], ids=lambda f: "+".join(f) or "dense"
+)
+def test_round_trip(
+    setting: Callable[..., Any], tmp_path: Path, family: str, task: str, forms: tuple[str, ...]
+) -> None:
     one = setting(family, task)
-    base_config = save(one, tmp_path / "model", *forms, **({"bits": 4, "group": 16} if "integers" in forms else {}))
+    base_config = save(
+        one, tmp_path / "model", *forms, **({"bits": 4, "group": 16} if "integers" in forms else {})
+    )
     torch.manual_seed(99)
     back = artifact.load(tmp_path / "model")
     assert torch.equal(one.logits(back.model), one.logits())
@@ -63,7 +69,9 @@ def test_round_trip(setting: Callable[..., Any], tmp_path: Path, family: str, ta
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
 @pytest.mark.parametrize("form", ["dense", "cut"])
-def test_hugging_face_reads_the_folder(setting: Callable[..., Any], tmp_path: Path, family: str, task: str, form: str) -> None:
+def test_hugging_face_reads_the_folder(
+    setting: Callable[..., Any], tmp_path: Path, family: str, task: str, form: str
+) -> None:
     one = setting(family, task)
     save(one, tmp_path / "model", form)
     model = getattr(transformers, one.task.auto_class).from_pretrained(tmp_path / "model")
@@ -114,7 +122,9 @@ def test_as_the_start_of_another_training(setting: Callable[..., Any], tmp_path:
     assert torch.equal(dense.classifier.weight, one.model.classifier.weight)
     other = again.load(one.task, ("a", "b"), seed=5)
     assert other.classifier.out_features == 2
-    assert torch.equal(other.bert.embeddings.word_embeddings.weight, one.model.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(
+        other.bert.embeddings.word_embeddings.weight, one.model.bert.embeddings.word_embeddings.weight
+    )
 
 
 def test_saving_again_replaces_the_folder(setting: Callable[..., Any], tmp_path: Path) -> None:
@@ -226,7 +236,9 @@ def test_a_foreign_task(damaged: Path, task: str) -> None:
     refused(damaged, "task")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"schema": 1}', '{"schema": 1, "files": [1]}', "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '{"schema": 1}', '{"schema": 1, "files": [1]}', "\ud800"]
+)
 def test_a_damaged_card(damaged: Path, text: str) -> None:
     (damaged / "niwaki.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refused(damaged, "niwaki.json", "damaged")

@@ -226,6 +226,15 @@ def test_a_loss_that_is_no_number_stops_and_names_step_and_checkpoint(
         assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
+def test_the_last_step_is_validated_when_it_ends_an_epoch_early(rows: Path, tmp_path: Path) -> None:
+    arguments = ["data=files", f"data.train={rows}", "trainer.max_steps=5", "data.batch_size=4", "trainer.max_epochs=3"]
+    folder = launch(arguments, tmp_path / "run")
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 5
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 5
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         launch(["optimizer.lr=-1", "debug=true"], tmp_path / "run")

@@ -73,7 +73,10 @@ def test_momentum_worked_by_hand() -> None:
     assert model.weight.item() == pytest.approx(2 - 0.1 * 0.5 - 0.1 * (0.9 * 0.5 + 0.5), abs=1e-6)
 
 
-@pytest.mark.parametrize(("fields", "name"), [({"lr": 0.0}, "lr"), ({"lr": float("nan")}, "lr"), ({"weight_decay": -1.0}, "weight_decay")])
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"lr": 0.0}, "lr"), ({"lr": float("nan")}, "lr"), ({"weight_decay": -1.0}, "weight_decay")],
+)
 def test_refusals_name_the_field(fields: dict[str, float], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^optimizer\.{name}="):
         AdamW(**fields)  # type: ignore[arg-type]

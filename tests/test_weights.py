@@ -1,4 +1,4 @@
-"""The chain of links on a linear: order, what enters a link, and a fold that changes no output by a single bit."""
+"""The chain of links on a linear: order, what enters a link, and a fold that changes no output by one bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from niwaki.stage import Phase, ordered, refuse_conflicts
 from niwaki.tuning.delta import Delta, adapters, unload
 from niwaki.tuning.full import Full
 from niwaki.tuning.lora import LoRA
-from niwaki.weights import Link, entering, find, fold, linears, links, replace_module, shared_parameters, stack
+from niwaki.weights import (
+    Link,
+    entering,
+    find,
+    fold,
+    linears,
+    links,
+    replace_module,
+    shared_parameters,
+    stack,
+)
 
 
 class Add(Link):
@@ -84,7 +94,10 @@ def test_a_chain_out_of_order_is_refused(upper: str) -> None:
     linear = nn.Linear(4, 4)
     stack(linear, IntegerGrid(8, None))
     with pytest.raises(AssertionError, match="stacked on"):
-        stack(linear, IntegerGrid(8, None) if upper == "grid" else Mask(linear.weight.shape, linear.weight.device))
+        stack(
+            linear,
+            IntegerGrid(8, None) if upper == "grid" else Mask(linear.weight.shape, linear.weight.device),
+        )
 
 
 def test_methods_act_in_the_order_of_their_phases_not_of_the_list() -> None:
@@ -128,7 +141,9 @@ def compressed(one: Any) -> Any:
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal_lm")])
-def test_delta_mask_and_grid_fold_and_unload_without_a_trace(setting: Callable[..., Any], family: str, task: str) -> None:
+def test_delta_mask_and_grid_fold_and_unload_without_a_trace(
+    setting: Callable[..., Any], family: str, task: str
+) -> None:
     one = setting(family, task)
     names = set(dict(one.model.named_parameters()))
     plain = one.logits()
@@ -182,7 +197,9 @@ def test_gradients_reach_both_factors_of_the_delta(setting: Callable[..., Any]) 
     one.task.loss(one.model(**one.task.inputs(one.batch())), one.batch()).backward()
     factors = {n: p for n, p in one.model.named_parameters() if "lora_" in n}
     assert len(factors) == 2 * 18
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in factors.values())
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in factors.values()
+    )
 
 
 def test_tied_weights_are_never_targets(setting: Callable[..., Any]) -> None:

@@ -143,20 +143,25 @@ class Interruption(pl.Callback):
         self._hint = hint
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._received is None:
+        accumulating = trainer.global_step == self._step  # a checkpoint would lose these gradients
+        if self._received is None or accumulating:
             return
         trainer.save_checkpoint(self._checkpoint)
         name = signal.Signals(self._received).name
         raise StoppedError(f"{name} at optimizer step {trainer.global_step}; go on with: {self._hint}", self._received)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.restore()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restore()  # before Lightning gives back the handlers that it put in itself: they would come after
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.restore()
@@ -170,6 +175,14 @@ class Interruption(pl.Callback):
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
+
+
+class LastValidation(pl.Callback):
+    """Has the last step validated too where `max_steps` ends the fit within an epoch."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
 
 
 class Clock(pl.Callback):

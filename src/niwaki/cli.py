@@ -1,4 +1,4 @@
-"""The commands around runs and artifacts. Heavy imports wait in them, so that `niwaki --help` answers at once."""
+"""The commands around runs and artifacts. Heavy imports wait in them, so that `niwaki --help` is quick."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from niwaki.callbacks import CallbackSettings, Clock, Interruption, Watch
+from niwaki.callbacks import CallbackSettings, Clock, Interruption, LastValidation, Watch
 from niwaki.data.corpus import Corpus
 from niwaki.edits import Edit
 from niwaki.logger import LoggerSettings
@@ -91,7 +91,8 @@ def fit(
     start = str(last) if resume and last.is_file() else None
     model.train()
     try:
-        trainer.fit(learner, *batches, ckpt_path=start, weights_only=True if start else None)
+        if work.context.steps:
+            trainer.fit(learner, *batches, ckpt_path=start, weights_only=True if start else None)
     except DivergedError as error:
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
         raise DivergedError(f"{error}; {kept}; try a lower optimizer.lr") from error
@@ -110,4 +111,4 @@ def callbacks_of(recipe: Recipe, work: Work, checkpoints: Path, logged: bool) ->
     found = list(work.callbacks)
     for settings in recipe.callbacks.values():
         found += settings.build(watch) if isinstance(settings, CallbackSettings) else [settings]
-    return [*found, Interruption(checkpoints / "last.ckpt", hint)]
+    return [*found, LastValidation(), Interruption(checkpoints / "last.ckpt", hint)]

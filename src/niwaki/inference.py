@@ -118,8 +118,8 @@ def text_rows(lines: Iterable[str], origin: str) -> Iterator[Row]:
 
 
 def file_rows(path: Path, columns: Mapping[str, str], needs: Needs) -> Iterator[Row]:
-    """The texts of a file: txt by lines, as they are read; any other format by its columns text and, where the
-    task takes pairs, text_pair.
+    """The texts of a file: txt by lines, as they are read; any other format by its columns text and, where
+    the task takes pairs, text_pair.
 
     Raises:
         DataError: no file, no such column, or a row without text.

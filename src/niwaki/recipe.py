@@ -82,7 +82,7 @@ class Recipe:
         cut = [f"keep layers {list(self.model.layers)}"] if self.model.layers else []
         objective = [f"{self.task_weight:g} x {self.task.name}", *map(describe, by_phase[Phase.OBJECTIVE])]
         return [
-            ("load", f"{self.model.name} for {self.task.name} on {option_name(self.data)}"),
+            ("load", f"{self.model.title} for {self.task.name} on {option_name(self.data)}"),
             ("shape", ", ".join(cut + [describe(s) for s in by_phase[Phase.SHAPE]]) or "as loaded"),
             ("tune", describe(self.tuning)),
             ("weights", " -> ".join(describe(s) + ("" if s.during_fit else " after the fit") for s in weights) or "dense"),

@@ -20,7 +20,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 class TrainerSettings:
     """Lightning's Trainer, in the terms of a run.
 
-    `max_steps` counts optimizer steps and ends the fit before `max_epochs` does. `precision`: fp32, bf16 or fp16
+    `max_steps` counts optimizer steps and ends the fit before `max_epochs` does; `max_epochs=0` leaves the fit out
+    (one-shot compression of a model that is trained already). `precision`: fp32, bf16 or fp16
     (both mixed), or auto: bf16 where the processor computes it natively, else fp32. `accumulate`: batches per optimizer
     step. `gradient_clip`: largest norm of the gradient, null for none. `validate_every`: optimizer steps between
     validations, null for once per epoch. `threads`: of the CPU, null leaves it to torch.
@@ -39,9 +40,9 @@ class TrainerSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("devices", "max_epochs", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name}={getattr(self, name)}: needs a whole number of at least 1")
+        for name, least in (("devices", 1), ("max_epochs", 0), ("accumulate", 1), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"trainer.{name}={getattr(self, name)}: needs a whole number of at least {least}")
         for name in ("max_steps", "validate_every", "limit_validation_batches", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}={getattr(self, name)}: needs null or a whole number of at least 1")

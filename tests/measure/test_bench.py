@@ -41,7 +41,9 @@ def composed(file):
 
 
 def test_both_loops_make_the_same_steps(composed):
-    _, learner, turns = bench.bench_step(*composed("optimizer.lr=0.01"), steps=3, blocks=2)
+    _, learner, turns = bench.bench_step(
+        *composed("optimizer.lr=0.01", "trainer.gradient_clip=0.05"), steps=3, blocks=2
+    )
     turns.bare.step(turns.batches[0])  # the fit made one more, to end its last block
     ours = learner.model.state_dict()
     for name, tensor in turns.bare.model.state_dict().items():

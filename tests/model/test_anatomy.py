@@ -34,21 +34,29 @@ def test_the_linears_are_those_of_the_blocks(setting: Callable[..., Any], family
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
-def test_blocks_head_and_embeddings_make_up_the_model(setting: Callable[..., Any], family: str, task: str) -> None:
+def test_blocks_head_and_embeddings_make_up_the_model(
+    setting: Callable[..., Any], family: str, task: str
+) -> None:
     anatomy = anatomy_of(setting, family, task)
     head = {id(p) for p in anatomy.head_parameters().values()}
     blocks = {id(p) for p in anatomy.blocks.parameters()}
     below = {n for n, p in anatomy.model.named_parameters() if id(p) not in head | blocks}
     assert head
     assert not head & blocks
-    assert all("embeddings" in n or "embed_tokens" in n or n.endswith("model.norm.weight") or n == "norm.weight" for n in below)
+    assert all(
+        "embeddings" in n or "embed_tokens" in n or n.endswith("model.norm.weight") or n == "norm.weight"
+        for n in below
+    )
 
 
 def test_heads_by_name(setting: Callable[..., Any]) -> None:
     assert set(anatomy_of(setting, "bert", "classification").head_parameters()) == {
         "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
     }  # fmt: skip
-    assert set(anatomy_of(setting, "bert", "ner").head_parameters()) == {"classifier.weight", "classifier.bias"}
+    assert set(anatomy_of(setting, "bert", "ner").head_parameters()) == {
+        "classifier.weight",
+        "classifier.bias",
+    }
     assert set(anatomy_of(setting, "llama", "classification").head_parameters()) == {"score.weight"}
     tied = anatomy_of(setting, "llama", "causal_lm")
     assert [id(p) for p in tied.head_parameters().values()] == [id(tied.embeddings.weight)]
@@ -63,7 +71,9 @@ def test_linears_of_a_family_in_the_order_of_the_data(family: Any, parts: int) -
 
 def test_known_families_and_the_refusal_of_others() -> None:
     assert known_families() == ["bert", "llama", "qwen2", "roberta"]
-    with pytest.raises(ConfigError, match=r"the family 'mamba' is not known; known: bert, llama, qwen2, roberta"):
+    with pytest.raises(
+        ConfigError, match=r"the family 'mamba' is not known; known: bert, llama, qwen2, roberta"
+    ):
         family_of(SimpleNamespace(model_type="mamba"))
 
 
@@ -72,8 +82,8 @@ def test_families_under_shared_names_fit_their_models(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model(
-        kind, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        kind, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     anatomy = Anatomy.of(AutoModelForSequenceClassification.from_config(config))
     inside = {id(m) for block in anatomy.blocks for m in block.modules() if isinstance(m, nn.Linear)}
@@ -100,8 +110,15 @@ def test_a_cut_language_model_still_writes(setting: Callable[..., Any]) -> None:
     Anatomy.of(one.model).keep_blocks([1, 2])
     ids = one.tokenizer("a tree", return_tensors="pt", add_special_tokens=False)["input_ids"]
     # The cache finds its layers by `layer_idx`: with and without it the same is written.
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(one.model.generate(ids, **settings), one.model.generate(ids, use_cache=False, **settings))
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+    }
+    assert torch.equal(
+        one.model.generate(ids, **settings), one.model.generate(ids, use_cache=False, **settings)
+    )
 
 
 @pytest.mark.parametrize("indices", [[], [3], [-1], [0, 0]])

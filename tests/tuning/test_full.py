@@ -20,7 +20,9 @@ def test_every_parameter_learns(setting: Callable[..., Any], family: str, task: 
     assert Full().finalize(one.model, one.context()) == []
 
 
-def test_a_step_moves_everything_that_the_loss_depends_on(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+def test_a_step_moves_everything_that_the_loss_depends_on(
+    setting: Callable[..., Any], train: Callable[..., Any]
+) -> None:
     one = setting("bert", "ner")
     Full().prepare(one.model, one.context())
     before = {n: p.detach().clone() for n, p in one.model.named_parameters()}

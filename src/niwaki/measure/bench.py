@@ -3,8 +3,8 @@
     python -m niwaki.measure.bench [--trainer FILE] [--output FILE]
 
 Step time: the fit of `train.py` (Lightning, the csv logger, progress, checkpoint and learning-rate callbacks)
-and a bare loop take turns in one process, block by block, each with its own copy of the same model, on the same
-batches.
+and a bare loop take turns in one process, block by block, each with its own copy of the same model, on the
+same batches.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def bench_step(
 
 
 def bench_epoch(recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of one epoch on the same encoded rows: our fit with its defaults (its validation and checkpoints
+    """Seconds of one epoch on the same encoded rows: our fit with its defaults (validation and checkpoints
     included) and Hugging Face's Trainer with its own at the same batch size."""
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
     with tempfile.TemporaryDirectory() as place:
@@ -223,9 +223,10 @@ def main(
     if trainer is not None:
         results["epoch"] = bench_epoch(*composed("data=files", f"data.train={quoted(trainer)}"))
         say(
-            "epoch: {ours_seconds:.1f} s in {precision}, Hugging Face's Trainer {hugging_face_seconds:.1f} s, "
-            "ratio {ratio:.3f}", results["epoch"],
-        )  # fmt: skip
+            "epoch: {ours_seconds:.1f} s in {precision}, "
+            "Hugging Face's Trainer {hugging_face_seconds:.1f} s, ratio {ratio:.3f}",
+            results["epoch"],
+        )
     if output is not None:
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

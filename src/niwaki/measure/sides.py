@@ -62,7 +62,7 @@ def compare(
             "compression": [stage.name for stage in recipe.stages if stage is not recipe.tuning],
             "seed": recipe.seed,
             "data": option_name(recipe.data),
-            "model": recipe.model.name,
+            "model": recipe.model.title,
             "metric": recipe.task.metric,
             "mode": recipe.task.mode,
             "before": side_before and {**side_before, **measured["before"]},

@@ -50,6 +50,12 @@ class Pretrained:
             raise ConfigError(f"model.layers={list(self.layers)}: needs null or some layer numbers from 0 up")
 
     @property
+    def title(self) -> str:
+        """The name in a few words: of the package, the hub model, or the folder."""
+        package = self.name.removeprefix("package:")
+        return package.partition("/")[0] if package != self.name else self.name.rstrip("/")
+
+    @property
     def place(self) -> str:
         """The folder or hub name to load from.
 

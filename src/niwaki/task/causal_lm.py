@@ -74,8 +74,8 @@ class CausalLM(Task):
                 ids.to(model.device), attention_mask=ids.new_ones(ids.shape).to(model.device),
                 max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-            text = tokenizer.decode(written[0], skip_special_tokens=True)
-            yield {**row, "generated": text.removeprefix(row["text"])}
+            new = written[0, ids.shape[1] :]  # by position: a tokenizer may not give the prompt back as it was
+            yield {**row, "generated": tokenizer.decode(new, skip_special_tokens=True)}
 
 
 def documents(texts: Sequence[str]) -> list[str]:

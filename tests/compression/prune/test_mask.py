@@ -33,7 +33,15 @@ def test_two_of_four_and_one_of_four_by_hand() -> None:
 
 def test_a_pattern_grows_group_by_group() -> None:
     scores = [[4.0, 1.0, 3.0, 2.0]]
-    assert [sum(drawn("1:4", scores, s)[0]) for s in (0.0, 0.24, 0.25, 0.49, 0.5, 0.74, 0.75)] == [4, 4, 3, 3, 2, 2, 1]
+    assert [sum(drawn("1:4", scores, s)[0]) for s in (0.0, 0.24, 0.25, 0.49, 0.5, 0.74, 0.75)] == [
+        4,
+        4,
+        3,
+        3,
+        2,
+        2,
+        1,
+    ]
 
 
 def test_groups_lie_along_the_input() -> None:
@@ -93,7 +101,9 @@ def test_cubic_at_points_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("steps", range(1, 30))
-@pytest.mark.parametrize(("begin", "end"), [(0.0, 0.5), (0.4, 0.45), (0.5, 0.6), (0.0, 0.01), (0.0, 1.0), (0.99, 1.0)])
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0.0, 0.5), (0.4, 0.45), (0.5, 0.6), (0.0, 0.01), (0.0, 1.0), (0.99, 1.0)]
+)
 def test_cubic_reaches_the_end_however_short_the_fit(steps: int, begin: float, end: float) -> None:
     at = cubic(0.9, begin, end, steps)
     values = [at(step) for step in range(steps + 1)]

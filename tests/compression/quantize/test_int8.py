@@ -1,4 +1,4 @@
-"""Post-training int8 on models: stacked after the fit, stored as bytes, close to the model it was made from."""
+"""Post-training int8 on models: stacked after the fit, stored as bytes, close to the model it came from."""
 
 from __future__ import annotations
 

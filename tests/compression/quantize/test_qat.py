@@ -17,7 +17,8 @@ from niwaki.task.classification import Classification
 from niwaki.weights import fold
 
 LAYOUTS = [
-    {"bits": 8}, {"bits": 4, "group": 8}, {"bits": 2, "activation_bits": None}, {"bits": 3, "group": 16, "activation_bits": 4},
+    {"bits": 8}, {"bits": 4, "group": 8}, {"bits": 2, "activation_bits": None},
+    {"bits": 3, "group": 16, "activation_bits": 4},
 ]  # fmt: skip
 
 

@@ -194,7 +194,8 @@ class IntegerLinear(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if self._operand is None:
             with torch.inference_mode(False), torch.no_grad():  # it may be used under a gradient later
-                self._operand = self.integers().t().contiguous() if self.runs_on_integers else self.dequantized()
+                dense = not self.runs_on_integers
+                self._operand = self.dequantized().to(self.scale.dtype) if dense else self.integers().t().contiguous()
         if not self.activation_bits:
             return functional.linear(values, self._operand, self.bias)
         if not self.runs_on_integers:

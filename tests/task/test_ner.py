@@ -1,0 +1,162 @@
+"""NER: one label a word, no word lost to truncation, scores and table by hand, entities by offset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from niwaki.task.ner import NER, WORD, entities, first_pieces
+from niwaki.task.task import IGNORED
+
+TAGS = ("B-LOC", "B-PER", "I-PER", "O")
+
+
+def test_the_label_stands_at_the_first_piece(setting: Callable[..., Any]) -> None:
+    one = setting("bert", "ner")
+    (row,) = one.features({"tokens": [["ada", "x", "lo"]], "tags": [["B-PER", "O", "I-PER"]]})
+    assert one.tokenizer.convert_ids_to_tokens(row["input_ids"]) == [
+        "[CLS]", "a", "##d", "##a", "x", "l", "##o", "[SEP]",
+    ]  # fmt: skip
+    assert row["labels"] == [IGNORED, 0, IGNORED, IGNORED, 2, 1, IGNORED, IGNORED]
+    assert (row["cut"], row["length"]) == ([], 8)
+
+
+def test_first_pieces() -> None:
+    assert first_pieces([None, 0, 0, 1, 3, 3, None]) == [None, 0, None, 1, 3, None, None]
+
+
+@pytest.mark.parametrize("max_length", range(4, 14))
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_every_word_is_counted_once(setting: Callable[..., Any], family: str, max_length: int) -> None:
+    one = setting(family, "ner")
+    one.task = NER(max_length=max_length)
+    one.rows = {"tokens": [["ab", "c", "def", "g"], ["h"]], "tags": [["B-PER", "I-PER", "O", "B-PER"], ["O"]]}
+    for row, tags in zip(one.features(), one.rows["tags"], strict=True):
+        kept = [label for label in row["labels"] if label != IGNORED]
+        assert [one.labels[i] for i in kept + row["cut"]] == tags
+        assert len(row["input_ids"]) <= max_length
+    scores = one.task.scores(one.labels)
+    batch = one.batch()
+    with torch.no_grad():
+        scores.update(one.model(**one.task.inputs(batch)), batch)
+    assert scores.report()["averages"]["micro"]["support"] == 5
+
+
+def test_a_word_without_any_piece_is_counted_too(setting: Callable[..., Any]) -> None:
+    one = setting("bert", "ner")
+    (row,) = one.features({"tokens": [["a", "\u200b", "b"]], "tags": [["B-PER", "I-PER", "O"]]})
+    assert [label for label in row["labels"] if label != IGNORED] == [0, 2]
+    assert row["cut"] == [1]
+
+
+def update(
+    scores: Any, labels: list[list[int]], guesses: list[list[int]], cut: list[list[int]] | None = None
+) -> None:
+    """Feed label and guess numbers, padded with IGNORED, with logits of 1 for the guess, else 0."""
+    logits = torch.nn.functional.one_hot(torch.tensor(guesses), len(TAGS)).float()
+    width = max(len(row) for row in cut or [[]])
+    padded = [row + [IGNORED] * (width - len(row)) for row in cut or [[]] * len(labels)]
+    batch = {"labels": torch.tensor(labels), "cut": torch.tensor(padded).view(len(labels), width).long()}
+    scores.update(SimpleNamespace(logits=logits), batch)
+
+
+def test_entity_scores_by_hand() -> None:
+    # true: PER(0-1) LOC(3) | PER(0); found: PER(0-1) PER(3) | PER(0): 2 of 3 both ways
+    scores = NER().scores(TAGS)
+    update(
+        scores,
+        [[1, 2, 3, 0, IGNORED], [1, 3, IGNORED, IGNORED, IGNORED]],
+        [[1, 2, 3, 1, 0], [1, 3, 0, 0, 0]],
+    )
+    found = scores.compute()
+    assert found["precision"] == found["recall"] == found["f1"] == pytest.approx(2 / 3)
+    assert found["accuracy"] == pytest.approx(5 / 6)
+    log = torch.log_softmax(torch.tensor([1.0, 0.0, 0.0, 0.0]), 0)
+    assert found["loss"] == pytest.approx(-(5 * log[0] + log[1]).item() / 6, rel=1e-5)
+
+
+def test_half_an_entity_is_none() -> None:
+    scores = NER().scores(TAGS)
+    update(scores, [[1, 2, 3]], [[1, 3, 3]])
+    assert scores.compute()["f1"] == 0.0
+    assert scores.compute()["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_cut_words_count_as_missed() -> None:
+    # true: PER(0), cut: LOC, O; found: PER(0), O, O: precision 1, recall 1/2
+    scores = NER().scores(TAGS)
+    update(scores, [[1, IGNORED]], [[1, 0]], [[0, 3]])
+    found = scores.compute()
+    assert (found["precision"], found["recall"]) == (1.0, 0.5)
+    assert found["f1"] == pytest.approx(2 / 3)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["loss"] == pytest.approx(math.log(math.e + 3) - 1, rel=1e-5)  # of the one word that was seen
+    assert scores.report()["per_class"]["B-LOC"] == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "support": 1.0,
+    }
+
+
+def test_the_table_by_hand() -> None:
+    # true:  B-LOC B-PER B-PER O O O O O ; found: B-LOC B-PER O O O O B-PER B-LOC
+    scores = NER().scores(TAGS)
+    update(scores, [[0, 1, 1, 3, 3, 3, 3, 3]], [[0, 1, 3, 3, 3, 3, 1, 0]])
+    report = scores.report()
+    rows = {
+        "B-LOC": (1 / 2, 1.0, 2 / 3, 1),
+        "B-PER": (1 / 2, 1 / 2, 1 / 2, 2),
+        "I-PER": (0.0, 0.0, 0.0, 0),
+        "O": (3 / 4, 3 / 5, 2 / 3, 5),
+    }
+    names = ("precision", "recall", "f1", "support")
+    assert list(report["per_class"]) == list(TAGS)
+    for tag, row in rows.items():
+        assert report["per_class"][tag] == pytest.approx(dict(zip(names, row, strict=True)))
+    macro = [sum(row[i] for row in rows.values()) / 4 for i in range(3)]
+    weighted = [sum(row[i] * row[3] for row in rows.values()) / 8 for i in range(3)]
+    averages = report["averages"]
+    assert averages["macro"] == pytest.approx(dict(zip(names, [*macro, 8], strict=True)))
+    assert averages["weighted"] == pytest.approx(dict(zip(names, [*weighted, 8], strict=True)))
+    assert averages["micro"] == pytest.approx(dict(zip(names, [5 / 8, 5 / 8, 5 / 8, 8], strict=True)))
+
+
+def test_entities_and_their_offsets() -> None:
+    text = "Ada met Alan  Turing."
+    spans = [match.span() for match in WORD.finditer(text)]
+    assert [text[a:b] for a, b in spans] == ["Ada", "met", "Alan", "Turing", "."]
+    found = entities(text, ["B-PER", "O", "B-PER", "I-PER", "O"], spans, [0.9, 1.0, 0.8, 0.6, 1.0])
+    assert found == [
+        {"entity": "PER", "text": "Ada", "start": 0, "end": 3, "score": 0.9},
+        {"entity": "PER", "text": "Alan  Turing", "start": 8, "end": 20, "score": 0.7},
+    ]
+    assert all(text[e["start"] : e["end"]] == e["text"] for e in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("U.S. and O'Neil-Smith's 3.5%", ["U.S", ".", "and", "O'Neil-Smith's", "3.5", "%"]),
+        ("(café)", ["(", "café", ")"]),
+        ("", []),
+        ("  ", []),
+    ],
+)
+def test_words_of_raw_text(text: str, words: list[str]) -> None:
+    assert [match.group() for match in WORD.finditer(text)] == words
+
+
+def test_answers_are_those_of_the_logits(setting: Callable[..., Any]) -> None:
+    one = setting("bert", "ner")
+    one.model.classifier.bias.data = torch.tensor([9.0, 0.0, 0.0])  # every word begins a person
+    rows = [{"text": "Ada met"}, {"text": ""}, {"text": "x"}]
+    with torch.no_grad():
+        found = list(one.task.answers(one.model, one.tokenizer, one.labels, rows))
+    assert [[e["text"] for e in row["entities"]] for row in found] == [["Ada", "met"], [], ["x"]]
+    assert all(0.9 < e["score"] <= 1 and e["entity"] == "PER" for row in found for e in row["entities"])
