@@ -1,8 +1,8 @@
 """Train, compress and measure a model: `python train.py task=... tuning=... 'compression=[...]'`.
 
-    python train.py +experiment=quickstart
-    python train.py -m seed=0,1,2 tuning=full,lora study=NAME
-    python train.py resume=logs/ner/2026-01-01_12-00-00
+python train.py +experiment=quickstart
+python train.py -m seed=0,1,2 tuning=full,lora study=NAME
+python train.py resume=logs/ner/2026-01-01_12-00-00
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from niwaki.quiet import quiet_libraries  # noqa: E402
+from niwaki.quiet import quiet_libraries
 
 quiet_libraries()
 

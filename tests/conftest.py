@@ -141,9 +141,7 @@ def setting(tokenizers: dict[str, Any]) -> Callable[..., Setting]:
 def train(tmp_path: Path) -> Callable[..., pl.Trainer]:
     """`train(learner, batches, **settings of Lightning's Trainer)`: a fit without decoration."""
 
-    def run(
-        learner: Learner, batches: Sequence[Any], validation: Sequence[Any] | None = None, **settings: Any
-    ) -> Any:
+    def run(learner: Learner, batches: Sequence[Any], validation: Sequence[Any] | None = None, **settings: Any) -> Any:
         ckpt_path = settings.pop("ckpt_path", None)
         # A generator of its own: the global one is the model's dropout's.
         loader = [

@@ -81,12 +81,8 @@ def test_a_foreign_class_is_refused_even_where_its_kind_fits() -> None:
         resolve("niwaki.artifact.Path", (object,))
 
 
-@pytest.mark.parametrize(
-    "form", ["{}.Thing", "niwaki.{}.Thing", "niwaki.stage.{}.Thing", "pytorch_lightning.{}.Thing"]
-)
-def test_a_module_that_lies_about_is_not_run(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("form", ["{}.Thing", "niwaki.{}.Thing", "niwaki.stage.{}.Thing", "pytorch_lightning.{}.Thing"])
+def test_a_module_that_lies_about_is_not_run(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "canary.py").write_text(f"open({str(tmp_path / 'sang')!r}, 'w')\nclass Thing: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError):

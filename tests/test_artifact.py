@@ -51,18 +51,14 @@ def test_round_trip(
     setting: Callable[..., Any], tmp_path: Path, family: str, task: str, forms: tuple[str, ...]
 ) -> None:
     one = setting(family, task)
-    base_config = save(
-        one, tmp_path / "model", *forms, **({"bits": 4, "group": 16} if "integers" in forms else {})
-    )
+    base_config = save(one, tmp_path / "model", *forms, **({"bits": 4, "group": 16} if "integers" in forms else {}))
     torch.manual_seed(99)
     back = artifact.load(tmp_path / "model")
     assert torch.equal(one.logits(back.model), one.logits())
     assert not back.model.training
     assert (back.task, back.labels) == (one.task, one.labels)
     assert back.base_config == json.loads(json.dumps(base_config))
-    assert [type(edit) for edit in back.edits] == [
-        {"cut": KeepBlocks, "integers": UseIntegers}[form] for form in forms
-    ]
+    assert [type(edit) for edit in back.edits] == [{"cut": KeepBlocks, "integers": UseIntegers}[form] for form in forms]
     assert back.tokenizer("garden tree")["input_ids"] == one.tokenizer("garden tree")["input_ids"]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -122,9 +118,7 @@ def test_as_the_start_of_another_training(setting: Callable[..., Any], tmp_path:
     assert torch.equal(dense.classifier.weight, one.model.classifier.weight)
     other = again.load(one.task, ("a", "b"), seed=5)
     assert other.classifier.out_features == 2
-    assert torch.equal(
-        other.bert.embeddings.word_embeddings.weight, one.model.bert.embeddings.word_embeddings.weight
-    )
+    assert torch.equal(other.bert.embeddings.word_embeddings.weight, one.model.bert.embeddings.word_embeddings.weight)
 
 
 def test_saving_again_replaces_the_folder(setting: Callable[..., Any], tmp_path: Path) -> None:
@@ -236,9 +230,7 @@ def test_a_foreign_task(damaged: Path, task: str) -> None:
     refused(damaged, "task")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", '{"schema": 1}', '{"schema": 1, "files": [1]}', "\ud800"]
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"schema": 1}', '{"schema": 1, "files": [1]}', "\ud800"])
 def test_a_damaged_card(damaged: Path, text: str) -> None:
     (damaged / "niwaki.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refused(damaged, "niwaki.json", "damaged")

@@ -49,9 +49,7 @@ class Scripted(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def fit(
-    module: pl.LightningModule, callbacks: list[pl.Callback], folder: Path, **settings: Any
-) -> pl.Trainer:
+def fit(module: pl.LightningModule, callbacks: list[pl.Callback], folder: Path, **settings: Any) -> pl.Trainer:
     plain: dict[str, Any] = {
         "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
         "num_sanity_val_steps": 0, "max_epochs": len(SCORES), "default_root_dir": folder,
@@ -75,9 +73,7 @@ def weight_of(path: Path) -> float:
     ("settled", "mode", "steps"),
     [(0, "max", 2), (2, "max", 2), (3, "max", 4), (5, "max", 8), (0, "min", 6), (9, "min", 12)],
 )
-def test_the_best_checkpoint_is_the_best_settled_one(
-    tmp_path: Path, settled: int, mode: str, steps: int
-) -> None:
+def test_the_best_checkpoint_is_the_best_settled_one(tmp_path: Path, settled: int, mode: str, steps: int) -> None:
     fit(Scripted(SCORES), Checkpoint().build(watch(tmp_path, settled, mode)), tmp_path)
     assert weight_of(tmp_path / "best.ckpt") == steps
     assert weight_of(tmp_path / "last.ckpt") == 12
@@ -97,9 +93,7 @@ def test_without_best_only_the_last_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settled", "epochs"), [(0, 3), (3, 4), (5, 6)])
-def test_early_stopping_does_not_count_before_the_model_has_settled(
-    tmp_path: Path, settled: int, epochs: int
-) -> None:
+def test_early_stopping_does_not_count_before_the_model_has_settled(tmp_path: Path, settled: int, epochs: int) -> None:
     # Two scores in a row without a rise, from the first settled one on:
     # settled 0: .9 | .8 .5; 3: .8 | .5 .7; 5: .5 | .7 rises | .6 .55
     (stop,) = StopEarly(patience=2).build(watch(tmp_path, settled))

@@ -61,9 +61,7 @@ def test_reads_without_importing_what_it_reads_about():
         "heavy = ('torch', 'transformers', 'hydra', 'pytorch_lightning')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [str(len(options())), "[]"]
 
 

@@ -13,12 +13,7 @@ TEXTS = {
     "tree": ["a pine in a pot", "the oak of the garden", "bend the maple", "old juniper"],
     "fish": ["the koi in the pond", "feed the carp", "a pond with goldfish", "red koi"],
 }
-ROWS = [
-    {"text": f"{text} {i}", "label": label}
-    for i in range(6)
-    for label, texts in TEXTS.items()
-    for text in texts
-]
+ROWS = [{"text": f"{text} {i}", "label": label} for i in range(6) for label, texts in TEXTS.items() for text in texts]
 SENTENCES = [
     {"tokens": ["ada", "met", "alan", "turing"], "tags": ["B-PER", "O", "B-PER", "I-PER"]},
     {"tokens": ["nobody", "came", "to", "kyoto"], "tags": ["O", "O", "O", "B-LOC"]},
@@ -44,9 +39,7 @@ def train(folder, rows, *overrides):
         "callbacks=[]",
         "measure=scores",
     ]
-    config = compose.compose(
-        [*settings, *data, "optimizer.lr=0.01", "trainer.max_steps=20", *overrides]
-    ).config
+    config = compose.compose([*settings, *data, "optimizer.lr=0.01", "trainer.max_steps=20", *overrides]).config
     pipeline.run(compose.build(config), run, config)
     return run
 
@@ -54,9 +47,7 @@ def train(folder, rows, *overrides):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of a classification task, half of its weights pruned."""
-    return train(
-        tmp_path_factory.mktemp("classes"), ROWS, "trainer.max_epochs=10", "compression=[prune/magnitude]"
-    )
+    return train(tmp_path_factory.mktemp("classes"), ROWS, "trainer.max_epochs=10", "compression=[prune/magnitude]")
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +60,7 @@ def tagger(tmp_path_factory):
 def writer(tmp_path_factory):
     """A finished run of a language model."""
     rows = [{"text": row["text"]} for row in ROWS]
-    return train(
-        tmp_path_factory.mktemp("lm"), rows, "task=causal_lm", "model=tiny-llama", "task.max_new_tokens=5"
-    )
+    return train(tmp_path_factory.mktemp("lm"), rows, "task=causal_lm", "model=tiny-llama", "task.max_new_tokens=5")
 
 
 @pytest.fixture
@@ -137,9 +126,7 @@ def test_evaluate_reads_other_formats_and_column_names(niwaki, run, tmp_path):
         writer = csv.writer(file)
         writer.writerow(["kind", "sentence"])
         writer.writerows((row["label"], row["text"]) for row in ROWS[:9])
-    _, out, _ = niwaki(
-        "evaluate", run, tmp_path / "rows.csv", "--column", "text=sentence", "--column", "label=kind"
-    )
+    _, out, _ = niwaki("evaluate", run, tmp_path / "rows.csv", "--column", "text=sentence", "--column", "label=kind")
     _, expected, _ = niwaki("evaluate", run, write(tmp_path / "same.jsonl", ROWS[:9]))
     assert json.loads(out) == json.loads(expected)
     assert json.loads(out)["rows"] == 9
@@ -176,16 +163,12 @@ def test_evaluate_names_a_label_that_the_artifact_does_not_know(refused, run, tm
 
 def test_evaluate_names_the_line_and_the_option_that_would_help(refused, run, tmp_path):
     file = write(tmp_path / "other.jsonl", [{"texts": "a", "label": "tree"}])
-    assert (
-        refused("evaluate", run, file)
-        == f"{file}: no column 'text'; found texts, label; use --column text=texts"
-    )
+    assert refused("evaluate", run, file) == f"{file}: no column 'text'; found texts, label; use --column text=texts"
     file = write(tmp_path / "gap.jsonl", [*ROWS[:2], {"text": " ", "label": "tree"}])
     assert refused("evaluate", run, file) == f"{file} line 3: column 'text' is empty"
     assert refused("evaluate", run, tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'}: no such file"
     assert (
-        refused("evaluate", run, file, "--column", "text")
-        == "--column text: needs NAME=THEIRS, such as text=sentence"
+        refused("evaluate", run, file, "--column", "text") == "--column text: needs NAME=THEIRS, such as text=sentence"
     )
 
 
@@ -244,10 +227,7 @@ def test_predict_refuses_what_it_cannot_answer(refused, run, tmp_path):
     assert refused("predict", run, "--file", file) == f"{file} line 1: not UTF-8; convert it first"
     assert refused("predict", run, "a", "--file", file) == "predict: give texts or --file, not both"
     assert "No such file" in refused("predict", run, "--file", tmp_path / "none.txt")
-    assert (
-        refused("predict", run, "a", "--column", "text=x")
-        == "--column text=x: names a column of --file; give one"
-    )
+    assert refused("predict", run, "a", "--column", "text=x") == "--column text=x: names a column of --file; give one"
 
 
 def test_a_folder_without_an_artifact_is_refused(refused, tmp_path):

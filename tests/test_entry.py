@@ -64,17 +64,29 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         (["tuning=lora", "tuning.rank=2.5"], r"tuning.rank=2.5: needs a whole number"),
         (["+tuning.rnak=2"], r"tuning.rnak: no such setting"),
         (["seed=0,1"], r"seed: several values need -m"),
-        (["compression=prune/magnitude", "compression.magnitude.sparsity=1.5"], r"magnitude.sparsity=1.5: needs a number"),
-        (["compression=prune/magnitude", "compression.magnitude.pattern='4:2'"], r"pattern='4:2': needs unstructured, or N:M"),
+        (
+            ["compression=prune/magnitude", "compression.magnitude.sparsity=1.5"],
+            r"magnitude.sparsity=1.5: needs a number",
+        ),
+        (
+            ["compression=prune/magnitude", "compression.magnitude.pattern='4:2'"],
+            r"pattern='4:2': needs unstructured, or N:M",
+        ),
         (["compression=[quantize/int8,quantize/qat]"], r"quantize/int8 and quantize/qat: .*choose one"),
         (["compression=quantize/qat", "tuning=lora", "tuning.dropout=0.1"], r"tuning.dropout=0.1 and quantize/qat"),
         (["compression=distill/logits"], r"compression.logits.teacher: needs a hub name"),
-        (["compression=distill/logits", "compression.logits.teacher=./none"], r"logits.teacher='./none': there is no such folder"),
+        (
+            ["compression=distill/logits", "compression.logits.teacher=./none"],
+            r"logits.teacher='./none': there is no such folder",
+        ),
         (["task_weight=0"], r"task_weight=0: nothing is left to learn from"),
         (["model=pretrained"], r"model.name: needs a value"),
         (["model=pretrained", "model.name=./none"], r"model.name='./none': there is no such folder"),
         (["model.layers=[0,7]"], r"model.layers=\[0, 7\]: needs different layer numbers in 0..2"),
-        (["compression=quantize/qat", "compression.qat.group=7"], r"qat.group=7: .*32 inputs, which it does not divide"),
+        (
+            ["compression=quantize/qat", "compression.qat.group=7"],
+            r"qat.group=7: .*32 inputs, which it does not divide",
+        ),
         (["data=files"], r"data.train: needs a value"),
         (["data=files", "data.train=./none.csv"], r"data.train=.*none.csv"),
         (["name=../../outside"], r"name='../../outside': needs a plain name"),
@@ -124,7 +136,12 @@ class Stage:
     [
         {"task": {"_target_": "intruder.Stage"}},
         {"compression": {"x": {"_target_": "intruder.touch"}}},
-        {"task": {"_target_": "niwaki.task.classification.Classification", "max_length": {"_target_": "intruder.touch"}}},
+        {
+            "task": {
+                "_target_": "niwaki.task.classification.Classification",
+                "max_length": {"_target_": "intruder.touch"},
+            }
+        },
         {"model": {"_target_": "niwaki.model.tiny.Tiny", "overrides": {"a": [{"_target_": "intruder.touch"}]}}},
         {"task": {"_target_": "niwaki.artifact.hashlib.sha256"}},
         {"task": {"_target_": "niwaki.entry.sys.exit"}},
@@ -241,7 +258,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 LONG = [
-    "model=tiny-bert", "tuning=lora", "compression=[prune/magnitude,quantize/qat]", "compression.magnitude.schedule=cubic",
+    "model=tiny-bert", "tuning=lora", "compression=[prune/magnitude,quantize/qat]",
+    "compression.magnitude.schedule=cubic",
     "compression.magnitude.end=0.9", "compression.magnitude.interval=5", "trainer.max_epochs=40", "data.batch_size=4",
     "trainer.precision=fp32", "trainer.threads=1", "logger=none", "callbacks=[checkpoint]", "measure=scores",
     "callbacks.checkpoint.every_steps=7", "data=files",

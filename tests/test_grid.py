@@ -214,7 +214,9 @@ def check_saved(
     """Sparsity and grid hold in the saved file, the reloaded model says the same, and it has scores."""
     saved = artifact.load(folder)
     assert torch.equal(logits(saved.model, first_batch(recipe, corpus)), expected)
-    assert all(v == v for v in evaluate(saved.model, corpus.evaluation("test"), recipe.task, corpus.labels).compute().values())
+    assert all(
+        v == v for v in evaluate(saved.model, corpus.evaluation("test"), recipe.task, corpus.labels).compute().values()
+    )
     assert len(work.context.targets) == (14 if task_is_llama(recipe) else 12) * (1 if "cut" in subset else 1.5)
     for name in work.context.targets:
         module: Any = saved.model.get_submodule(name)
@@ -241,9 +243,7 @@ def test_the_grid_is_complete() -> None:
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("task", TASKS)
-def test_combinations_work(
-    task: str, tuning: str, files: Any, teachers: Any, tmp_path: Path, subtests: Any
-) -> None:
+def test_combinations_work(task: str, tuning: str, files: Any, teachers: Any, tmp_path: Path, subtests: Any) -> None:
     saved = []
     for subset in WORKING:
         name = "+".join(subset).replace("/", ".") or "dense"

@@ -53,14 +53,10 @@ def test_label_smoothing_is_for_training_only(setting: Callable[..., Any], train
     trainer = train(learner_of(one, optimizer=SGD(lr=1e-12)), [batch], [batch])
     metrics = trainer.callback_metrics
     assert metrics["validation/loss"].item() == pytest.approx(-right.mean().item(), rel=1e-4)
-    assert metrics["train/loss"].item() == pytest.approx(
-        -(0.6 * right + 0.4 * log.mean(-1)).mean().item(), rel=1e-4
-    )
+    assert metrics["train/loss"].item() == pytest.approx(-(0.6 * right + 0.4 * log.mean(-1)).mean().item(), rel=1e-4)
 
 
-def test_validation_scores_are_those_of_the_task(
-    setting: Callable[..., Any], train: Callable[..., Any]
-) -> None:
+def test_validation_scores_are_those_of_the_task(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one = setting("bert", "ner")
     trainer = train(learner_of(one, optimizer=SGD(lr=1e-12)), [one.batch()], [one.batch()])
     scores = one.task.scores(one.labels)

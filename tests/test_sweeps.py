@@ -17,9 +17,7 @@ def commands(sweep):
     axes = [[f"{name}={value}" for value in choice["values"]] for name, choice in sweep["parameters"].items()]
     for point in itertools.product(*axes):
         yield list(
-            itertools.chain(
-                *([*point] if word == "${args_no_hyphens}" else [word] for word in sweep["command"])
-            )
+            itertools.chain(*([*point] if word == "${args_no_hyphens}" else [word] for word in sweep["command"]))
         )
 
 
@@ -41,8 +39,6 @@ def test_the_multirun_in_the_readme_is_the_same_grid(sweep):
     points, _ = compose.points(compose.parse(shlex.split(line)[2:]).overrides)
     without = ("study=", "logger=")
     ours = {frozenset(word for word in point if not word.startswith(without)) for point in points}
-    theirs = {
-        frozenset(word for word in words[2:] if not word.startswith(without)) for words in commands(sweep)
-    }
+    theirs = {frozenset(word for word in words[2:] if not word.startswith(without)) for words in commands(sweep)}
     assert ours == theirs
     assert f"{len(theirs)} runs" in README

@@ -197,9 +197,7 @@ def test_gradients_reach_both_factors_of_the_delta(setting: Callable[..., Any]) 
     one.task.loss(one.model(**one.task.inputs(one.batch())), one.batch()).backward()
     factors = {n: p for n, p in one.model.named_parameters() if "lora_" in n}
     assert len(factors) == 2 * 18
-    assert all(
-        p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in factors.values()
-    )
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in factors.values())
 
 
 def test_tied_weights_are_never_targets(setting: Callable[..., Any]) -> None:

@@ -73,7 +73,8 @@ def save(
             "base_config": base_config,
             "edits": [edit.to_json() for edit in edits],
             "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in sorted(partial.iterdir())
+                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
+                for path in sorted(partial.iterdir())
             },
         }
         (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -50,9 +50,7 @@ def options(axis: str | None = None) -> list[Option]:
     known = axes()
     if axis is not None and axis not in known:
         near = difflib.get_close_matches(axis, known, 1, cutoff=0.0)
-        raise ConfigError(
-            f"list {axis}: no such axis; did you mean {near[0]}? (there are: {', '.join(known)})"
-        )
+        raise ConfigError(f"list {axis}: no such axis; did you mean {near[0]}? (there are: {', '.join(known)})")
     chosen = defaults()
     return [
         read_option(one, path, chosen)

@@ -39,9 +39,7 @@ def main() -> None:
 @app.command()
 def evaluate(
     place: Place,
-    file: Annotated[
-        Path, typer.Argument(help="Labelled rows: csv, tsv, jsonl, json, parquet, conll or txt.")
-    ],
+    file: Annotated[Path, typer.Argument(help="Labelled rows: csv, tsv, jsonl, json, parquet, conll or txt.")],
     column: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     report: Annotated[bool, typer.Option("--report", help="Print a table per class instead.")] = False,
@@ -61,13 +59,9 @@ def predict(
     text: Annotated[
         list[str] | None, typer.Argument(help="Texts; without any and without --file, stdin by lines.")
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="A text a line (txt), or any format with a column text.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A text a line (txt), or any format with a column text.")] = None,
     column: Columns = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=32, help="Texts that are read before they are answered.")
-    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=32, help="Texts that are read before they are answered.")] = 32,
 ) -> None:
     """Let an artifact answer texts; JSON lines out."""
     if text and file:
@@ -96,22 +90,14 @@ def list_options(
 
 @app.command()
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or folders with runs below.")
-    ],
-    rows: Annotated[
-        str, typer.Option(metavar="A,B", help="Settings that make a row; else all that differ.")
-    ] = "",
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or folders with runs below.")],
+    rows: Annotated[str, typer.Option(metavar="A,B", help="Settings that make a row; else all that differ.")] = "",
     metrics: Annotated[str, typer.Option(metavar="A,B", help="Columns, such as after.test.accuracy.")] = "",
     baseline: Annotated[
         str | None, typer.Option(metavar="KEY=VALUE", help="The row that others are compared to.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for report.md, report.csv and report.png.")
-    ] = None,
-    x: Annotated[
-        str | None, typer.Option(help="Cost across in the picture, such as after.latency_ms.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report.md, report.csv and report.png.")] = None,
+    x: Annotated[str | None, typer.Option(help="Cost across in the picture, such as after.latency_ms.")] = None,
     y: Annotated[str | None, typer.Option(help="Score up in the picture.")] = None,
 ) -> None:
     """Gather runs into one table."""
@@ -145,9 +131,7 @@ def load(place: Path) -> Any:
     return artifact.load(find_artifact(place))
 
 
-def rows_of(
-    text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any
-) -> Iterator[dict[str, str]]:
+def rows_of(text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any) -> Iterator[dict[str, str]]:
     """The rows that a user gave, one way or another."""
     from niwaki.inference import file_rows, text_rows
 
@@ -188,7 +172,6 @@ def class_table(tables: dict[str, Any], task: str) -> str:
     }
     columns = ("precision", "recall", "f1")
     rows = [
-        [name, *(number(one, row.get(one)) for one in columns), f"{row['support']:,.0f}"]
-        for name, row in named.items()
+        [name, *(number(one, row.get(one)) for one in columns), f"{row['support']:,.0f}"] for name, row in named.items()
     ]
     return markdown_table(["class", *columns, "support"], rows)

@@ -106,12 +106,15 @@ def to_plain(whole: Any) -> dict[str, Any]:
 
 
 def refuse_foreign_plugins(hydra: Any) -> None:
-    """Hydra instantiates its launcher, sweeper and callbacks before our code runs: only its own plugins may be named."""
+    """Hydra builds its launcher, sweeper and callbacks before our code runs: only its own plugins may be named."""
     for path, node in nodes(hydra, "hydra"):
         if "()" in node:
             raise ConfigError(f"{path}.()={node['()']!r}: factories are not allowed in a config")
         target = str(node.get("_target_", "hydra.x"))
-        if not target.startswith(("hydra.", "hydra_plugins.", "hydra._internal.core_plugins.")) or target.count(".") < 1:
+        if (
+            not target.startswith(("hydra.", "hydra_plugins.", "hydra._internal.core_plugins."))
+            or target.count(".") < 1
+        ):
             raise ConfigError(f"{path}._target_={target!r}: only Hydra's own plugins may be named here")
         if path.startswith("hydra.callbacks") and "_target_" in node:
             raise ConfigError(f"{path}._target_={target!r}: callbacks of Hydra are not used here")

@@ -38,7 +38,9 @@ def judged(arguments: list[str], command: compose.Command) -> list[str]:
     recipes = [compose.build(one.config) for one in composed]
     if not command.multirun:
         if varied:
-            raise ConfigError(f"{varied[0]}: several values need -m (a multirun); a list is written as '{varied[0]}=[a,b]'")
+            raise ConfigError(
+                f"{varied[0]}: several values need -m (a multirun); a list is written as '{varied[0]}=[a,b]'"
+            )
         make_writable(composed[0].folder)
         return [*arguments, "hydra.run.dir=" + quoted(composed[0].folder)]
     if not composed[0].plain_launch:
@@ -63,7 +65,9 @@ def read_resumed(overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:
     debug = values.pop("debug", "false").lower() == "true"
     values.pop("hydra.run.dir", None)
     if values:
-        raise ConfigError(f"{next(iter(values))}: a resumed run keeps its settings; only debug can be given with resume")
+        raise ConfigError(
+            f"{next(iter(values))}: a resumed run keeps its settings; only debug can be given with resume"
+        )
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={str(folder)!r}: needs a run folder, with config.yaml in it")
     if (folder / "metrics.json").is_file():

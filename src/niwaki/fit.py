@@ -66,9 +66,7 @@ class Fitted:
         self.logger_settings.finish(self.logger, self.folder, metrics)
 
 
-def fit(
-    recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mapping[str, Any], *, resume: bool
-) -> Fitted:
+def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mapping[str, Any], *, resume: bool) -> Fitted:
     """Train the model in place; leaves it with the best settled weights where the checkpoint callback keeps them.
 
     Raises:
@@ -99,9 +97,7 @@ def fit(
     if (checkpoints / "best.ckpt").is_file() and any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks):
         best = torch.load(checkpoints / "best.ckpt", weights_only=True, map_location="cpu")
         learner.load_state_dict(best["state_dict"])
-    return Fitted(
-        clock.seconds, trainer.global_step, trainable, peak_memory_mb(), folder, logger, recipe.logger
-    )
+    return Fitted(clock.seconds, trainer.global_step, trainable, peak_memory_mb(), folder, logger, recipe.logger)
 
 
 def callbacks_of(recipe: Recipe, work: Work, checkpoints: Path, logged: bool) -> list[pl.Callback]:

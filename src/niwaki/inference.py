@@ -38,9 +38,7 @@ class WholeFile(Files):
         try:
             return self.splits(needs, seed=0)["test"]
         except DataError as error:
-            message = (
-                str(error).replace("data.train=", "").replace("name it with data.columns.", "use --column ")
-            )
+            message = str(error).replace("data.train=", "").replace("name it with data.columns.", "use --column ")
             raise DataError(message) from error
 
 
@@ -53,9 +51,7 @@ def find_artifact(place: Path) -> Path:
     for folder in (place, place / "model"):
         if artifact.is_artifact(folder):
             return folder
-    raise ArtifactError(
-        f"artifact {place}: needs the folder of a run or its model/, with {artifact.CARD} in it"
-    )
+    raise ArtifactError(f"artifact {place}: needs the folder of a run or its model/, with {artifact.CARD} in it")
 
 
 def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float], dict[str, Any]]:
@@ -170,9 +166,7 @@ def facts(saved: artifact.Artifact) -> dict[str, str]:
 def brief(name: str, settings: Mapping[str, Any]) -> str:
     """`name (setting value, ...)`, with the length of what is long."""
     shown = [
-        f"{len(value)} {key}"
-        if isinstance(value, list | tuple | dict) and len(value) > 8
-        else f"{key} {value}"
+        f"{len(value)} {key}" if isinstance(value, list | tuple | dict) and len(value) > 8 else f"{key} {value}"
         for key, value in settings.items()
     ]
     return f"{name} ({', '.join(shown)})" if shown else name

@@ -85,10 +85,12 @@ class Wandb(LoggerSettings):
         run: Any = logger.experiment  # type: ignore[union-attr]
         run.summary.update(numbers(metrics))
         if (folder / "report.png").is_file():
-            columns = ["", "before", "after"]
+            columns: list[Any] = ["", "before", "after"]
             before, after = numbers(metrics.get("before") or {}), numbers(metrics["after"])
             rows = [[name, before.get(name), value] for name, value in after.items()]
-            run.log({"report": wandb.Image(str(folder / "report.png")), "table": wandb.Table(columns=columns, data=rows)})
+            run.log(
+                {"report": wandb.Image(str(folder / "report.png")), "table": wandb.Table(columns=columns, data=rows)}
+            )
         if self.upload_artifact:
             run.log_model(str(folder / "model"), name=f"{metrics['task']}-{run.id}")
         run.finish()

@@ -76,10 +76,11 @@ class Learner(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise DivergedError(f"the weights are not finite after optimizer step {self.global_step}")
+        of_numpy: Any = numpy.random.get_state()
         checkpoint["randomness"] = {
             "python": list(random.getstate()[1]),
-            "numpy": [int(word) for word in numpy.random.get_state()[1]],  # type: ignore[index]
-            "numpy_position": int(numpy.random.get_state()[2]),  # type: ignore[arg-type]
+            "numpy": of_numpy[1].tolist(),
+            "numpy_position": int(of_numpy[2]),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }

@@ -1,4 +1,4 @@
-"""The order of a run: load, shape, tune, weights, fit, fold, convert, save, reload, measure. Only this file knows it."""
+"""The order of a run, which only this file knows: load, shape, tune, weights, fit, fold, convert, save, measure."""
 
 from __future__ import annotations
 

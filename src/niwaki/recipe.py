@@ -85,7 +85,10 @@ class Recipe:
             ("load", f"{self.model.title} for {self.task.name} on {option_name(self.data)}"),
             ("shape", ", ".join(cut + [describe(s) for s in by_phase[Phase.SHAPE]]) or "as loaded"),
             ("tune", describe(self.tuning)),
-            ("weights", " -> ".join(describe(s) + ("" if s.during_fit else " after the fit") for s in weights) or "dense"),
+            (
+                "weights",
+                " -> ".join(describe(s) + ("" if s.during_fit else " after the fit") for s in weights) or "dense",
+            ),
             ("objective", " + ".join(objective)),
         ]
 

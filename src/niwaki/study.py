@@ -286,9 +286,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
-        raise ConfigError(
-            f"study: {folder} is in use by another process; wait, or choose another name"
-        ) from None
+        raise ConfigError(f"study: {folder} is in use by another process; wait, or choose another name") from None
     except OSError as error:
         reason = f"cannot write to {folder} ({error.strerror}); choose another place"
         raise ConfigError(f"study: {reason}") from None
@@ -298,9 +296,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def run_study(
-    points: Sequence[Point], folder: Path, command: Sequence[str], *, places: frozenset[str] = PLACES
-) -> int:
+def run_study(points: Sequence[Point], folder: Path, command: Sequence[str], *, places: frozenset[str] = PLACES) -> int:
     """Runs every point that has not finished, one process after the other, each in its own folder.
 
     A point finished with the same config (but for `places`) is skipped, one with checkpoints resumed.

@@ -59,7 +59,9 @@ class TrainerSettings:
             torch.set_num_threads(self.threads)
         if self.accelerator == "gpu" and torch.cuda.device_count() < self.devices:
             found = torch.cuda.device_count()
-            raise ConfigError(f"trainer.accelerator=gpu, devices={self.devices}: this machine has {found}; use trainer=cpu")
+            raise ConfigError(
+                f"trainer.accelerator=gpu, devices={self.devices}: this machine has {found}; use trainer=cpu"
+            )
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,13 @@
 """A tuned, compressed weight is a function of the base weight: links stacked on a linear, folded in the end.
 
-    W_effective = quantize( share( prune( W + delta_tuning ) ) )
+W_effective = quantize( share( prune( W + delta_tuning ) ) )
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def stack(linear: nn.Linear, link: Link) -> None:
 
 def links(linear: nn.Module) -> list[Link]:
     """The chain of `linear`, base first."""
-    return list(linear.parametrizations.weight) if parametrize.is_parametrized(linear, "weight") else []  # type: ignore[arg-type, union-attr]
+    chains: Any = getattr(linear, "parametrizations", {})
+    return list(chains["weight"]) if "weight" in chains else []
 
 
 def find(linear: nn.Module, kind: type[L]) -> L | None:
@@ -52,7 +53,8 @@ def find(linear: nn.Module, kind: type[L]) -> L | None:
 def entering(linear: nn.Module, link: Link) -> Tensor:
     """The weight that enters `link`: the base weight through all the links below it. (out, in), no gradient."""
     with torch.no_grad():
-        weight = linear.parametrizations.weight.original.detach()  # type: ignore[union-attr]
+        chains: Any = linear.parametrizations
+        weight: Tensor = chains["weight"].original.detach()
         for below in links(linear):
             if below is link:
                 return weight

@@ -168,9 +168,7 @@ class Kill(lightning.Callback):
             raise KeyError("killed")
 
 
-def fit(
-    folder: str, saver: dict, *, validate: bool, workers: int = 0, kill: int | None = None, **options
-) -> list:
+def fit(folder: str, saver: dict, *, validate: bool, workers: int = 0, kill: int | None = None, **options) -> list:
     """The rows seen; goes on from the checkpoint that `resume` names."""
     resume = options.pop("resume", None)
     keep = ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", **saver)
@@ -220,9 +218,7 @@ SAVERS = {
     # With max_steps Lightning itself miscounts after this one, whatever the loader.
     + [("at the end of an epoch", {}, {"max_epochs": 3})],
 )
-def test_a_killed_training_goes_on_with_the_same_batches(
-    tmp_path, saver: str, validation: dict, length: dict
-) -> None:
+def test_a_killed_training_goes_on_with_the_same_batches(tmp_path, saver: str, validation: dict, length: dict) -> None:
     options = {"validate": saver == "after validation" or bool(validation), **validation, **length}
     whole = fit(str(tmp_path / "whole"), SAVERS[saver], **options)
     assert [(epoch, index) for epoch, index, _ in whole] == [(e, i) for e in range(3) for i in range(7)]

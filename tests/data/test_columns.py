@@ -22,9 +22,7 @@ def test_an_unseen_label_is_named_with_its_row_and_the_nearest() -> None:
         "train": Dataset.from_dict({"text": ["a", "b"], "label": ["sports", "news"]}),
         "test": Dataset.from_dict({"text": ["c", "the  text"], "label": ["news", "sport"]}),
     }
-    expected = (
-        r"split 'test' row 2 \('the text'\): label 'sport' never occurs .*'train'; the nearest is 'sports'"
-    )
+    expected = r"split 'test' row 2 \('the text'\): label 'sport' never occurs .*'train'; the nearest is 'sports'"
     with pytest.raises(DataError, match=expected):
         labels_of(rows, "label")
 

@@ -75,9 +75,7 @@ def test_the_number_of_rows_may_change() -> None:
 
 
 def test_a_column_may_be_empty_at_first() -> None:
-    result = encode(
-        texts(1001), lambda batch: {"a": [[] if len(batch["text"]) > 1 else [5]] * len(batch["text"])}, "k"
-    )
+    result = encode(texts(1001), lambda batch: {"a": [[] if len(batch["text"]) > 1 else [5]] * len(batch["text"])}, "k")
     assert result["a"][:] == [[]] * 1000 + [[5]]
 
 

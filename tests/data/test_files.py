@@ -113,9 +113,7 @@ def test_columns_that_no_task_reads_may_hold_anything(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_file_columns_and_nearest(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"sentence": "x", "label": "a"}\n')
-    message = (
-        "data.train=FILE: no column 'text'; found sentence, label; name it with data.columns.text=sentence"
-    )
+    message = "data.train=FILE: no column 'text'; found sentence, label; name it with data.columns.text=sentence"
     assert error(path) == message
     assert read(path, columns={"text": "sentence"}) == [{"text": "x", "label": "a"}]
 
@@ -169,13 +167,8 @@ def test_conll_with_tabs_at_the_end_of_the_file(tmp_path: Path) -> None:
 
 
 def test_conll_names_the_line_with_another_column_count(tmp_path: Path) -> None:
-    assert (
-        error(write(tmp_path / "a.conll", "a O\n\nb X O\n"), TAG)
-        == "data.train=FILE line 3: 3 columns, must be 2"
-    )
-    assert (
-        error(write(tmp_path / "b.conll", "a\n"), TAG) == "data.train=FILE line 1: 1 columns, must be 2 to 4"
-    )
+    assert error(write(tmp_path / "a.conll", "a O\n\nb X O\n"), TAG) == "data.train=FILE line 3: 3 columns, must be 2"
+    assert error(write(tmp_path / "b.conll", "a\n"), TAG) == "data.train=FILE line 1: 1 columns, must be 2 to 4"
 
 
 def test_txt_rows_joined_are_the_file(tmp_path: Path) -> None:
@@ -191,9 +184,7 @@ def test_wrong_encoding_names_the_byte(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text,label\ncaf\xe9,1\n")
     expected = "data.train=FILE: not UTF-8: byte 0xe9 at position 14 (line 2); save the file as UTF-8"
     assert error(path) == expected
-    assert "byte 0xe9 at position 17" in error(
-        write(tmp_path / "b.csv", b"\xef\xbb\xbftext,label\ncaf\xe9,1\n")
-    )
+    assert "byte 0xe9 at position 17" in error(write(tmp_path / "b.csv", b"\xef\xbb\xbftext,label\ncaf\xe9,1\n"))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.conll", "a.txt"])
@@ -211,9 +202,7 @@ def test_missing_files_folders_and_broken_archives(tmp_path: Path) -> None:
     assert error(str(tmp_path / "none.parquet")) == "data.train=FILE: no such file"
     assert error(str(tmp_path / "folder.csv")) == "data.train=FILE: is a folder; name a file"
     assert "cannot be read" in error(write(tmp_path / "a.csv.gz", "plain"))
-    assert "cannot be read" in error(
-        write(tmp_path / "b.csv.gz", gzip.compress(b"text,label\na,b\n" * 99)[:-20])
-    )
+    assert "cannot be read" in error(write(tmp_path / "b.csv.gz", gzip.compress(b"text,label\na,b\n" * 99)[:-20]))
 
 
 def test_errors_name_the_split_and_file_among_several(tmp_path: Path) -> None:

@@ -29,9 +29,7 @@ class Given(Source):
 
 def labelled(count: int, classes: int = 3, start: int = 0) -> Dataset:
     numbers = range(start, start + count)
-    return Dataset.from_dict(
-        {"text": [f"text {i}" for i in numbers], "label": [f"c{i % classes}" for i in numbers]}
-    )
+    return Dataset.from_dict({"text": [f"text {i}" for i in numbers], "label": [f"c{i % classes}" for i in numbers]})
 
 
 def whole(**columns: list) -> dict[str, Dataset]:

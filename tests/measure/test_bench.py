@@ -16,10 +16,7 @@ WORDS = ("pine", "oak", "maple", "koi", "carp", "pond")
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [
-        {"text": f"{WORDS[i % 6]} {i} " * (1 + i % 5), "label": "tree" if i % 6 < 3 else "fish"}
-        for i in range(60)
-    ]
+    rows = [{"text": f"{WORDS[i % 6]} {i} " * (1 + i % 5), "label": "tree" if i % 6 < 3 else "fish"} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -33,9 +30,7 @@ def composed(file):
             "callbacks=[checkpoint,learning_rate]",
             "data.batch_size=4",
         )
-        return bench.composed(
-            "data=files", f"data.train='{file}'", *tiny, "trainer.precision=fp32", *overrides
-        )
+        return bench.composed("data=files", f"data.train='{file}'", *tiny, "trainer.precision=fp32", *overrides)
 
     return compose
 

@@ -33,9 +33,7 @@ def test_it_runs_in_eval_mode(setting: Callable[..., Any]) -> None:
     assert not one.model.training
 
 
-@pytest.mark.parametrize(
-    ("family", "task"), [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")]
-)
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")])
 def test_the_largest_difference_of_what_counts(setting: Callable[..., Any], family: str, task: str) -> None:
     one, other = setting(family, task), setting(family, task, seed=1)
     batches = [one.batch(), one.batch()]

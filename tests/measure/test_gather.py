@@ -126,9 +126,7 @@ def test_mean_spread_and_change(study):
 
 def test_one_run_has_no_spread(tmp_path, write):
     write("a")
-    assert "| lora | 1 | 0.9000 ± - |" in to_markdown(
-        tabulate(gather([tmp_path]), ["tuning"], ["after.test.accuracy"])
-    )
+    assert "| lora | 1 | 0.9000 ± - |" in to_markdown(tabulate(gather([tmp_path]), ["tuning"], ["after.test.accuracy"]))
 
 
 def test_a_missing_value_is_left_out_of_its_cell_only(tmp_path, write):
@@ -159,9 +157,7 @@ def test_repeated_seeds_in_a_row_are_said(study):
 )
 def test_baseline_may_hold_lists(study, baseline):
     table = tabulate(gather([study]), ["tuning", "compression"], baseline=baseline)
-    assert table.baseline == (
-        ("full", "[]") if "[]" in baseline else ("lora", "[prune/magnitude,quantize/qat]")
-    )
+    assert table.baseline == (("full", "[]") if "[]" in baseline else ("lora", "[prune/magnitude,quantize/qat]"))
 
 
 def test_baseline_of_one_method_needs_no_brackets(tmp_path, write):
@@ -262,9 +258,7 @@ def test_csv_in_full_precision(study):
 @pytest.fixture
 def scatters(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "niwaki.measure.plots.draw_scatter", lambda *given, **named: calls.append((*given, named))
-    )
+    monkeypatch.setattr("niwaki.measure.plots.draw_scatter", lambda *given, **named: calls.append((*given, named)))
     return calls
 
 
@@ -299,8 +293,6 @@ def test_picture_of_nothing_or_of_an_unknown_metric_is_refused(tmp_path, write):
         to_picture(gather([tmp_path]), tmp_path / "p.png", x="bytes")
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [([], "[]"), (["a", None], "[a,null]"), (False, "false"), (0.5, "0.5")]
-)
+@pytest.mark.parametrize(("value", "text"), [([], "[]"), (["a", None], "[a,null]"), (False, "false"), (0.5, "0.5")])
 def test_setting(value, text):
     assert setting(value) == text

@@ -125,9 +125,7 @@ def test_many_points_get_numbers_and_a_key(tmp_path, drawn):
     generator = np.random.default_rng(0)
     points = [
         Spot(label=f"row {i}", x=x, y=y, x_spread=2e4, y_spread=0.01)
-        for i, (x, y) in enumerate(
-            zip(generator.uniform(1e6, 9e6, 20), generator.uniform(0, 1, 20), strict=True)
-        )
+        for i, (x, y) in enumerate(zip(generator.uniform(1e6, 9e6, 20), generator.uniform(0, 1, 20), strict=True))
     ]
     scatter(tmp_path / "a.png", points)
     labels = [text.get_text() for text in boxes(drawn[0]) if isinstance(text, Annotation)]

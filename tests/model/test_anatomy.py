@@ -34,9 +34,7 @@ def test_the_linears_are_those_of_the_blocks(setting: Callable[..., Any], family
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
-def test_blocks_head_and_embeddings_make_up_the_model(
-    setting: Callable[..., Any], family: str, task: str
-) -> None:
+def test_blocks_head_and_embeddings_make_up_the_model(setting: Callable[..., Any], family: str, task: str) -> None:
     anatomy = anatomy_of(setting, family, task)
     head = {id(p) for p in anatomy.head_parameters().values()}
     blocks = {id(p) for p in anatomy.blocks.parameters()}
@@ -44,8 +42,7 @@ def test_blocks_head_and_embeddings_make_up_the_model(
     assert head
     assert not head & blocks
     assert all(
-        "embeddings" in n or "embed_tokens" in n or n.endswith("model.norm.weight") or n == "norm.weight"
-        for n in below
+        "embeddings" in n or "embed_tokens" in n or n.endswith("model.norm.weight") or n == "norm.weight" for n in below
     )
 
 
@@ -71,9 +68,7 @@ def test_linears_of_a_family_in_the_order_of_the_data(family: Any, parts: int) -
 
 def test_known_families_and_the_refusal_of_others() -> None:
     assert known_families() == ["bert", "llama", "qwen2", "roberta"]
-    with pytest.raises(
-        ConfigError, match=r"the family 'mamba' is not known; known: bert, llama, qwen2, roberta"
-    ):
+    with pytest.raises(ConfigError, match=r"the family 'mamba' is not known; known: bert, llama, qwen2, roberta"):
         family_of(SimpleNamespace(model_type="mamba"))
 
 
@@ -116,9 +111,7 @@ def test_a_cut_language_model_still_writes(setting: Callable[..., Any]) -> None:
         "pad_token_id": 0,
         "attention_mask": torch.ones_like(ids),
     }
-    assert torch.equal(
-        one.model.generate(ids, **settings), one.model.generate(ids, use_cache=False, **settings)
-    )
+    assert torch.equal(one.model.generate(ids, **settings), one.model.generate(ids, use_cache=False, **settings))
 
 
 @pytest.mark.parametrize("indices", [[], [3], [-1], [0, 0]])

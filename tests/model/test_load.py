@@ -32,9 +32,7 @@ def test_a_folder_with_the_same_labels_keeps_its_head(setting: Callable[..., Any
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_new_head_depends_on_the_seed_and_the_rest_does_not(
-    setting: Callable[..., Any], folder: Path
-) -> None:
+def test_a_new_head_depends_on_the_seed_and_the_rest_does_not(setting: Callable[..., Any], folder: Path) -> None:
     one = setting("bert", "classification")
     load = lambda seed: Pretrained(name=str(folder)).load(one.task, ("a", "b"), seed).state_dict()  # noqa: E731
     first, again, other = load(1), load(1), load(2)
@@ -70,9 +68,7 @@ def test_the_empty_model_has_shapes_and_no_weights(folder: Path, setting: Callab
     assert all(p.is_meta for p in empty.parameters())
     edits = spec.cut(whole)
     assert edits == [KeepBlocks(blocks=[0, 2])]
-    assert {n: p.shape for n, p in empty.named_parameters()} == {
-        n: p.shape for n, p in whole.named_parameters()
-    }
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
     assert whole.config.num_hidden_layers == 2
 
 
@@ -112,7 +108,7 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) ->
 def test_a_package_that_is_not_installed() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"model\.name='package:no_such_model/m': the package is not installed; pip install no-such-model",  # noqa: E501
+        match=r"model\.name='package:no_such_model/m': the package is not installed; pip install no-such-model",
     ):
         _ = Pretrained(name="package:no_such_model/m").place
 

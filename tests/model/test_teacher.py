@@ -34,9 +34,7 @@ def place(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize(
-    ("family", "task"), [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")]
-)
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")])
 def test_a_teacher_says_what_the_saved_model_says(
     setting: Callable[..., Any], place: Callable[..., str], family: str, task: str, plain: bool
 ) -> None:
@@ -66,9 +64,7 @@ def test_other_labels(setting: Callable[..., Any], place: Callable[..., str]) ->
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_the_same_labels_in_another_order(
-    setting: Callable[..., Any], place: Callable[..., str], plain: bool
-) -> None:
+def test_the_same_labels_in_another_order(setting: Callable[..., Any], place: Callable[..., str], plain: bool) -> None:
     one = setting()
     where = place(one, plain=plain)
     one.labels = ("yes", "no", "maybe")
@@ -90,9 +86,7 @@ def test_no_trained_head(setting: Callable[..., Any], place: Callable[..., str],
     one = setting()
     one.model.base_model.save_pretrained(tmp_path / "bare")
     one.tokenizer.save_pretrained(tmp_path / "bare")
-    assert "has no trained head for the task classification (classifier." in refused(
-        str(tmp_path / "bare"), one
-    )
+    assert "has no trained head for the task classification (classifier." in refused(str(tmp_path / "bare"), one)
 
 
 def test_a_place_that_is_not_there(setting: Callable[..., Any]) -> None:

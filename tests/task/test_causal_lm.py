@@ -19,9 +19,7 @@ TEXTS = ["a tree in the garden", "cut with care, and wait for the spring"]
 
 
 @pytest.mark.parametrize("max_length", [4, 5, 7, 16, 300])
-def test_every_token_but_the_first_is_predicted_exactly_once(
-    setting: Callable[..., Any], max_length: int
-) -> None:
+def test_every_token_but_the_first_is_predicted_exactly_once(setting: Callable[..., Any], max_length: int) -> None:
     one = setting("llama", "causal_lm")
     one.task = CausalLM(max_length=max_length)
     separator = one.tokenizer.bos_token_id
@@ -78,17 +76,13 @@ def test_the_perplexity_is_that_of_an_independent_mean(setting: Callable[..., An
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     scores = CausalLM().scores(())
-    scores.update(
-        SimpleNamespace(logits=torch.zeros(1, 4, 50)), {"labels": torch.tensor([[1, 2, 3, IGNORED]])}
-    )
+    scores.update(SimpleNamespace(logits=torch.zeros(1, 4, 50)), {"labels": torch.tensor([[1, 2, 3, IGNORED]])})
     assert scores.compute()["perplexity"] == pytest.approx(50, rel=1e-5)
 
 
 def test_a_hopeless_loss_is_still_a_number() -> None:
     scores = CausalLM().scores(())
-    scores.update(
-        SimpleNamespace(logits=torch.tensor([[[1e4, 0.0], [0.0, 0.0]]])), {"labels": torch.tensor([[0, 1]])}
-    )
+    scores.update(SimpleNamespace(logits=torch.tensor([[[1e4, 0.0], [0.0, 0.0]]])), {"labels": torch.tensor([[0, 1]])})
     assert math.isfinite(scores.compute()["perplexity"])
 
 

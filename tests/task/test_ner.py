@@ -54,9 +54,7 @@ def test_a_word_without_any_piece_is_counted_too(setting: Callable[..., Any]) ->
     assert row["cut"] == [1]
 
 
-def update(
-    scores: Any, labels: list[list[int]], guesses: list[list[int]], cut: list[list[int]] | None = None
-) -> None:
+def update(scores: Any, labels: list[list[int]], guesses: list[list[int]], cut: list[list[int]] | None = None) -> None:
     """Feed label and guess numbers, padded with IGNORED, with logits of 1 for the guess, else 0."""
     logits = torch.nn.functional.one_hot(torch.tensor(guesses), len(TAGS)).float()
     width = max(len(row) for row in cut or [[]])

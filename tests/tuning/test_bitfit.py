@@ -40,9 +40,7 @@ def test_a_head_that_is_not_new_stays_frozen(setting: Callable[..., Any]) -> Non
 def test_a_model_without_biases_is_refused_before_its_weights_are_loaded() -> None:
     spec = Tiny(name="llama", overrides={"attention_bias": False, "mlp_bias": False})
     anatomy = Anatomy.of(spec.empty(CausalLM(), ()))
-    with pytest.raises(
-        ConfigError, match=r"^tuning=bitfit: this llama model has no biases to train; use tuning="
-    ):
+    with pytest.raises(ConfigError, match=r"^tuning=bitfit: this llama model has no biases to train; use tuning="):
         BitFit().check(anatomy, anatomy.linears())
     whole = Anatomy.of(Tiny(name="llama").empty(CausalLM(), ()))
     BitFit().check(whole, whole.linears())

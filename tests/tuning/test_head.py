@@ -27,9 +27,7 @@ def test_what_learns(setting: Callable[..., Any], family: str, task: str) -> Non
     assert {n for n, p in one.model.named_parameters() if p.requires_grad} == HEADS[family, task]
 
 
-def test_a_step_moves_the_head_and_nothing_else(
-    setting: Callable[..., Any], train: Callable[..., Any]
-) -> None:
+def test_a_step_moves_the_head_and_nothing_else(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one = setting()
     Head().prepare(one.model, one.context())
     before = {n: p.detach().clone() for n, p in one.model.named_parameters()}

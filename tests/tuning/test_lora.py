@@ -40,9 +40,7 @@ def inside(anatomy: Any, parts: Sequence[str] = PARTS) -> dict[str, nn.Linear]:
 @pytest.mark.parametrize(
     "parts", [PARTS, ["query", "value"], *([part] for part in PARTS if part != "feed_gate")], ids="-".join
 )
-def test_what_learns_and_how_many(
-    setting: Callable[..., Any], family: str, task: str, parts: Sequence[str]
-) -> None:
+def test_what_learns_and_how_many(setting: Callable[..., Any], family: str, task: str, parts: Sequence[str]) -> None:
     one = setting(family, task)
     context = one.context()
     shapes = {name: linear.weight.shape for name, linear in inside(context.anatomy, parts).items()}
@@ -94,9 +92,7 @@ def test_the_formula(setting: Callable[..., Any], family: str, task: str, stabil
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("family", "task"), KINDS)
-def test_it_equals_peft_by_hand_before_and_after_the_merge(
-    setting: Callable[..., Any], family: str, task: str
-) -> None:
+def test_it_equals_peft_by_hand_before_and_after_the_merge(setting: Callable[..., Any], family: str, task: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     one, other = setting(family, task), setting(family, task)

@@ -56,11 +56,7 @@ class Corpus:
         """`count` batches of `size` rows, in the order of a seeded shuffle: the lengths are those of the data."""
         rows = self.features[split].shuffle(seed=self.seed)
         rows = rows.select(range(min(len(rows), size * count)))
-        return [
-            self._collate(list(part))
-            for part in chunks(list(rows), size)
-            if len(part) == min(size, len(rows))
-        ]
+        return [self._collate(list(part)) for part in chunks(list(rows), size) if len(part) == min(size, len(rows))]
 
     def _batches(self, split: str, size: int, seed: int | None, rank: int, world: int) -> Batches:
         return Batches(

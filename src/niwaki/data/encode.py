@@ -49,9 +49,7 @@ def encode(rows: "Dataset", function: Function, key: str, *, whole: bool = False
                 _remove_oldest(folder, keep=name)
             os.utime(path)
     except OSError as error:
-        raise DataError(
-            f"cache folder {folder}: cannot be used: {error}; set NIWAKI_CACHE to another"
-        ) from error
+        raise DataError(f"cache folder {folder}: cannot be used: {error}; set NIWAKI_CACHE to another") from error
     return _open(path)
 
 
@@ -88,9 +86,7 @@ def _encoded(rows: "Dataset", function: Function, whole: bool) -> "pa.Table":
 
     step = rows.num_rows if whole else ROWS_AT_ONCE
     plain = rows.with_format(None)
-    tables = [
-        pa.table(function(plain[start : start + step])) for start in range(0, rows.num_rows, max(step, 1))
-    ]
+    tables = [pa.table(function(plain[start : start + step])) for start in range(0, rows.num_rows, max(step, 1))]
     # Permissive: a column whose first thousand rows are empty lists has no type of its own yet.
     table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
     if table.num_rows == 0:

@@ -74,9 +74,7 @@ class Files(Source):
         packed = bool(suffixes) and suffixes[-1] == "gz"
         ending = "".join(suffixes[:-1][-1:] if packed else suffixes[-1:])
         if ending not in READERS or (packed and ending == "parquet"):
-            raise ConfigError(
-                f"{_origin(split, path)}: unknown ending; set data.format to one of {', '.join(READERS)}"
-            )
+            raise ConfigError(f"{_origin(split, path)}: unknown ending; set data.format to one of {', '.join(READERS)}")
         return ending
 
     def _read(self, split: str, wanted: set[str]) -> "Dataset":
@@ -98,8 +96,7 @@ class Files(Source):
         for path, part in parts[1:]:
             if set(part.column_names) != set(first.column_names):
                 raise DataError(
-                    f"{_origin(split, path)}: has columns {_names(part)}, "
-                    f"but {parts[0][0]} has {_names(first)}"
+                    f"{_origin(split, path)}: has columns {_names(part)}, but {parts[0][0]} has {_names(first)}"
                 )
         return concatenate_datasets([part for _, part in parts]) if len(parts) > 1 else first
 

@@ -49,8 +49,7 @@ class Hub(Source):
                 continue
             if (name or split) not in found:
                 raise DataError(
-                    f"data.{split}={name}: {self.path!r} has no such split; "
-                    f"it has {', '.join(map(str, found))}"
+                    f"data.{split}={name}: {self.path!r} has no such split; it has {', '.join(map(str, found))}"
                 )
             rows[split] = found[name or split]
         return rows

@@ -50,9 +50,7 @@ def _separated(path: Path, origin: str, wanted: Collection[str], *, delimiter: s
         for fields in reader:
             if fields:
                 if len(fields) != len(header):
-                    raise DataError(
-                        f"{origin} line {line}: {len(fields)} columns, but the header has {len(header)}"
-                    )
+                    raise DataError(f"{origin} line {line}: {len(fields)} columns, but the header has {len(header)}")
                 values.append(fields)
                 lines.append(line)
             line = reader.line_num + 1

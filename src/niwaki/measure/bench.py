@@ -84,9 +84,7 @@ class Turns(pl.Callback):
     bare_seconds: list[float] = field(default_factory=list)
     _start: float | None = None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if index % len(self.batches):
             return
         now = time.perf_counter()
@@ -139,9 +137,7 @@ def bench_step(
         "ours_ms": 1000 * ours,
         "bare_ms": 1000 * by_hand,
         "ratio": ours / by_hand,
-        "blocks": [
-            [1000 * a, 1000 * b] for a, b in zip(turns.ours_seconds[1:], turns.bare_seconds[1:], strict=True)
-        ],
+        "blocks": [[1000 * a, 1000 * b] for a, b in zip(turns.ours_seconds[1:], turns.bare_seconds[1:], strict=True)],
         "steps": len(batches),
         "rows": recipe.data.batch_size,
         "tokens": max(batch["input_ids"].shape[1] for batch in batches),

@@ -281,9 +281,7 @@ def _compared(table: Table, key: tuple[str, ...]) -> Table:
 
     def against(group: Group) -> Group:
         changes = {name: _change(name, one.mean, base[name].mean) for name, one in group.cells.items()}
-        return replace(
-            group, cells={name: replace(one, change=changes[name]) for name, one in group.cells.items()}
-        )
+        return replace(group, cells={name: replace(one, change=changes[name]) for name, one in group.cells.items()})
 
     return replace(table, groups=tuple(map(against, table.groups)), baseline=key)
 

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 Change = Callable[[float, float], str]
 CLASS_COLUMNS = ("precision", "recall", "f1", "support")
-BEFORE = (
-    "`before`: the model as loaded, its new head untrained; `after`: the artifact, saved and loaded again."
-)
+BEFORE = "`before`: the model as loaded, its new head untrained; `after`: the artifact, saved and loaded again."
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -214,11 +212,7 @@ def _what(metrics: Mapping[str, Any]) -> str:
 
 def _settings(config: Mapping[str, Any]) -> str:
     flat = {key: "null" if value is None else value for key, value in flatten(config).items()}
-    lines = [
-        f"{key}={value}"
-        for key, value in flat.items()
-        if not key.startswith("hydra.") and "_target_" not in key
-    ]
+    lines = [f"{key}={value}" for key, value in flat.items() if not key.startswith("hydra.") and "_target_" not in key]
     return _folded(f"Settings ({len(lines)})", "```\n" + "\n".join(lines) + "\n```")
 
 

@@ -36,9 +36,9 @@ def count(model: nn.Module) -> dict[str, int]:
 
 def target_table(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
     """Of each named linear: parameters, sparsity (fraction of zeros), and bits of a stored weight."""
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         integer = isinstance(module, IntegerLinear)
         weight: Any = module.integers() if integer else module.weight.detach()
         table[name] = {
@@ -46,7 +46,7 @@ def target_table(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
             "sparsity": 1 - int(torch.count_nonzero(weight)) / weight.numel(),
             "bits": module.bits if integer else weight.element_size() * 8,
         }
-    return table  # type: ignore[return-value]
+    return table
 
 
 def macs(model: Any, inputs: dict[str, Tensor]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from niwaki.edits import Edit
-from niwaki.errors import ConfigError
+from niwaki.errors import ConfigError, UserError
 from niwaki.model.anatomy import Anatomy
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ class Pretrained:
     def _try(self, load: Any) -> Any:
         try:
             return load()
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, ConfigError):
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, UserError):
                 raise
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigError(f"model.name={self.name!r}: cannot be loaded ({reason})") from error

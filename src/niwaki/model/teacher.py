@@ -49,6 +49,11 @@ def load_from_hub(place: str, task: Task) -> tuple[Any, tuple[str, ...], dict[st
     teacher, report = spec._try(
         lambda: auto_class(task).from_pretrained(spec.place, dtype=torch.float32, output_loading_info=True)
     )
+    made_for = teacher.config.architectures or [type(teacher).__name__]
+    if type(teacher).__name__ not in made_for:
+        raise ConfigError(
+            f"{FIELD}={place!r}: is a {made_for[0]}; the task {task.name} needs a {type(teacher).__name__}"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])[0]
         raise ConfigError(f"{FIELD}={place!r}: has no trained head for the task {task.name} ({missing} is missing)")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from niwaki.data.source import Needs
-from niwaki.errors import ConfigError
+from niwaki.errors import ConfigError, DataError
 from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, pad
 
 
@@ -46,8 +46,12 @@ class CausalLM(Task):
         for document in documents(rows["text"]):
             stream += [] if separator is None else [separator]
             stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(stream) < 2:
+            raise DataError(
+                f"a split has {len(stream)} tokens: needs at least 2, so that one is predicted from another"
+            )
         stride = self.max_length - 1
-        blocks = [stream[i : i + self.max_length] for i in range(0, max(len(stream) - 1, 1), stride)]
+        blocks = [stream[i : i + self.max_length] for i in range(0, len(stream) - 1, stride)]
         return {"input_ids": blocks, "length": [len(block) for block in blocks]}
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Classification of a text or of a pair of texts, one label each (Devlin et al. 2019, arXiv:1810.04805, section 4.1)."""
+"""Classification of a text or of a pair of texts, one label each (Devlin et al. 2019, arXiv:1810.04805)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
+from niwaki.errors import DataError
 from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
 
 
@@ -24,7 +25,10 @@ class Classification(Task):
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(labels_of(dict(splits), "label"))
+        labels = tuple(labels_of(dict(splits), "label"))
+        if len(labels) < 2:
+            raise DataError(f"data.train: has the one label {labels[0]!r}; a classification needs at least two")
+        return labels
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         encoded = self._tokenize(rows, tokenizer)

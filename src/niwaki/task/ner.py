@@ -151,7 +151,9 @@ class TagScores(Scores):
         )
         rename = {"f1-score": "f1"}
         clean = {
-            name: {rename.get(k, k): float(v) for k, v in row.items()} for name, row in table.items() if isinstance(row, dict)
+            name: {rename.get(k, k): float(v) for k, v in row.items()}
+            for name, row in table.items()
+            if isinstance(row, dict)
         }
         accuracy = sum(t == p for t, p in zip(flat_true, flat_predicted, strict=True)) / len(flat_true)
         micro = {"precision": accuracy, "recall": accuracy, "f1": accuracy, "support": float(len(flat_true))}

@@ -95,7 +95,9 @@ class Task(abc.ABC):
         """A fresh gatherer of this task's metrics."""
 
     @abc.abstractmethod
-    def answers(self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    def answers(
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+    ) -> Iterator[dict[str, Any]]:
         """What the model says of raw rows, one readable dictionary each, in order."""
 
 

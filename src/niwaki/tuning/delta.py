@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
@@ -33,7 +34,8 @@ class Delta(Link):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            return weight + self._layer[0].get_delta_weight(ADAPTER)
+            layer: Any = self._layer[0]
+            return weight + layer.get_delta_weight(ADAPTER)
 
 
 def inject(model: nn.Module, config: PeftConfig) -> None:

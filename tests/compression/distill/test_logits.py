@@ -77,9 +77,7 @@ def counted(one: Any, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> l
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
-def test_the_mean_is_over_the_positions_that_count(
-    setting: Callable[..., Any], family: str, task: str
-) -> None:
+def test_the_mean_is_over_the_positions_that_count(setting: Callable[..., Any], family: str, task: str) -> None:
     one, other, term = pair(setting, family, task)
     batch = one.batch()
     assert not batch["attention_mask"].all()  # there is padding
@@ -91,9 +89,7 @@ def test_the_mean_is_over_the_positions_that_count(
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
-def test_what_stands_at_ignored_positions_does_not_matter(
-    setting: Callable[..., Any], family: str, task: str
-) -> None:
+def test_what_stands_at_ignored_positions_does_not_matter(setting: Callable[..., Any], family: str, task: str) -> None:
     one, _, term = pair(setting, family, task)
     batch = one.batch()
     outputs = one.model(**one.task.inputs(batch))
@@ -104,9 +100,7 @@ def test_what_stands_at_ignored_positions_does_not_matter(
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)
-def test_it_is_zero_where_student_and_teacher_agree(
-    setting: Callable[..., Any], family: str, task: str
-) -> None:
+def test_it_is_zero_where_student_and_teacher_agree(setting: Callable[..., Any], family: str, task: str) -> None:
     one, other, term = pair(setting, family, task)
     batch = one.batch()
     assert term(other.model(**one.task.inputs(batch)), batch).item() == pytest.approx(0.0, abs=1e-5)
@@ -143,9 +137,7 @@ def test_the_learner_does_not_own_the_teacher(setting: Callable[..., Any], train
     assert not any(module.training for module in other.model.modules())
 
 
-def test_a_fit_to_the_teacher_alone_comes_closer_to_it(
-    setting: Callable[..., Any], train: Callable[..., Any]
-) -> None:
+def test_a_fit_to_the_teacher_alone_comes_closer_to_it(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one, _, term = pair(setting, "bert", "classification")
     batch = one.batch()
     before = term(one.model(**one.task.inputs(batch)), batch).item()

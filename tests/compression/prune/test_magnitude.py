@@ -27,9 +27,7 @@ def test_the_score() -> None:
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal_lm")])
-def test_layer_scope_keeps_the_largest_of_each_target(
-    setting: Callable[..., Any], family: str, task: str
-) -> None:
+def test_layer_scope_keeps_the_largest_of_each_target(setting: Callable[..., Any], family: str, task: str) -> None:
     one = setting(family, task)
     context = one.context()
     dense = {name: linear.weight.detach().clone() for name, linear in context.targets.items()}
@@ -58,9 +56,7 @@ def test_global_scope_has_one_threshold(setting: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("unstructured", 0.5)])
-def test_sparsity_follows_from_the_pattern(
-    setting: Callable[..., Any], pattern: str, sparsity: float
-) -> None:
+def test_sparsity_follows_from_the_pattern(setting: Callable[..., Any], pattern: str, sparsity: float) -> None:
     one = setting()
     context = one.context()
     stage = Magnitude(pattern=pattern)
@@ -76,15 +72,11 @@ def test_nothing_but_the_targets_is_touched(setting: Callable[..., Any]) -> None
     fold(context.targets)
     weights = {f"{name}.weight" for name in context.targets}
     state = plain.model.state_dict()
-    changed = {
-        name for name, tensor in one.model.state_dict().items() if not torch.equal(tensor, state[name])
-    }
+    changed = {name for name, tensor in one.model.state_dict().items() if not torch.equal(tensor, state[name])}
     assert changed == weights
 
 
-@pytest.mark.parametrize(
-    "optimizer", [SGD(lr=0.1, momentum=0.9, weight_decay=0.1), AdamW(lr=0.01, weight_decay=0.1)]
-)
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.1, momentum=0.9, weight_decay=0.1), AdamW(lr=0.01, weight_decay=0.1)])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_masks_stay_exact_through_training(
     setting: Callable[..., Any], train: Callable[..., Any], optimizer: Any, pattern: str
@@ -108,9 +100,7 @@ def test_masks_stay_exact_through_training(
 def test_the_cubic_schedule_in_a_fit(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one = setting()
     context = one.context(steps=8)
-    effects = Magnitude(sparsity=0.8, schedule="cubic", begin=0.0, end=0.5, interval=2).prepare(
-        one.model, context
-    )
+    effects = Magnitude(sparsity=0.8, schedule="cubic", begin=0.0, end=0.5, interval=2).prepare(one.model, context)
     assert effects.settled == 4
     linear = next(iter(context.targets.values()))
     counts: list[int] = []
@@ -126,9 +116,7 @@ def test_the_cubic_schedule_in_a_fit(setting: Callable[..., Any], train: Callabl
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_a_short_fit_still_ends_sparse(
-    setting: Callable[..., Any], train: Callable[..., Any], steps: int
-) -> None:
+def test_a_short_fit_still_ends_sparse(setting: Callable[..., Any], train: Callable[..., Any], steps: int) -> None:
     one = setting()
     context = one.context(steps=steps)
     effects = Magnitude(sparsity=0.6, schedule="cubic", begin=0.3, end=0.4).prepare(one.model, context)
@@ -154,8 +142,6 @@ def test_refusals_name_the_field(fields: dict[str, Any], name: str) -> None:
 
 def test_a_pattern_that_does_not_fit_is_refused_on_the_empty_model() -> None:
     anatomy = Anatomy.of(Tiny().empty(Classification(), ("a", "b")))
-    with pytest.raises(
-        ConfigError, match=r"pattern=2:5: bert\.encoder\.layer\.0\.\S+ has 32 inputs, which 5 does not"
-    ):
+    with pytest.raises(ConfigError, match=r"pattern=2:5: bert\.encoder\.layer\.0\.\S+ has 32 inputs, which 5 does not"):
         Magnitude(pattern="2:5").check(anatomy, anatomy.linears())
     Magnitude(pattern="2:4").check(anatomy, anatomy.linears())

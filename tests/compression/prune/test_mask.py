@@ -101,9 +101,7 @@ def test_cubic_at_points_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("steps", range(1, 30))
-@pytest.mark.parametrize(
-    ("begin", "end"), [(0.0, 0.5), (0.4, 0.45), (0.5, 0.6), (0.0, 0.01), (0.0, 1.0), (0.99, 1.0)]
-)
+@pytest.mark.parametrize(("begin", "end"), [(0.0, 0.5), (0.4, 0.45), (0.5, 0.6), (0.0, 0.01), (0.0, 1.0), (0.99, 1.0)])
 def test_cubic_reaches_the_end_however_short_the_fit(steps: int, begin: float, end: float) -> None:
     at = cubic(0.9, begin, end, steps)
     values = [at(step) for step in range(steps + 1)]

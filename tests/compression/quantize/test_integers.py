@@ -53,9 +53,7 @@ def test_group_scales_by_hand() -> None:
     record = grid.record(linear.weight.data)
     assert torch.allclose(record["scale"], torch.tensor([[1.0, 10.0], [1.0, 0.1]]))
     assert record["codes"].tolist() == [[3, 1, 3, 2], [0, 0, -3, 1]]
-    assert torch.allclose(
-        grid(linear.weight.data), torch.tensor([[3.0, 1.0, 30.0, 20.0], [0.0, 0.0, -0.3, 0.1]])
-    )
+    assert torch.allclose(grid(linear.weight.data), torch.tensor([[3.0, 1.0, 30.0, 20.0], [0.0, 0.0, -0.3, 0.1]]))
 
 
 @pytest.mark.parametrize("group", [None, 8])
@@ -91,12 +89,8 @@ def test_putting_on_a_grid_rounds_weights_and_inputs() -> None:
     plain.load_state_dict(linear.state_dict())
     put_on_grid({"it": linear}, 4, None, 5)
     values = torch.randn(2, 6, 8)
-    weight = torch.stack(
-        [(row / (row.abs().max() / 7)).round() * (row.abs().max() / 7) for row in plain.weight]
-    )
-    tokens = torch.stack(
-        [(t / (t.abs().max() / 15)).round() * (t.abs().max() / 15) for t in values.view(-1, 8)]
-    )
+    weight = torch.stack([(row / (row.abs().max() / 7)).round() * (row.abs().max() / 7) for row in plain.weight])
+    tokens = torch.stack([(t / (t.abs().max() / 15)).round() * (t.abs().max() / 15) for t in values.view(-1, 8)])
     expected = functional.linear(tokens.view(2, 6, 8), weight, plain.bias)
     assert torch.allclose(linear(values), expected, atol=1e-5)
 

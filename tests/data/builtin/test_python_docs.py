@@ -29,9 +29,7 @@ def library(path: Path) -> Path:
     """A small standard library: one module for each area."""
     for area, names in AREAS.items():
         text = f"Describes the {area} of this small library."
-        (path / f"{names.split()[0]}.py").write_text(
-            f'"""{text}"""\ndef f(): "Shared by all the areas here."\n'
-        )
+        (path / f"{names.split()[0]}.py").write_text(f'"""{text}"""\ndef f(): "Shared by all the areas here."\n')
     return path
 
 
@@ -103,9 +101,7 @@ def test_an_interpreter_without_sources_is_refused(tmp_path: Path) -> None:
         parse_rows(tmp_path)
 
 
-def test_rows_are_parsed_once_and_a_damaged_cache_is_mended(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_parsed_once_and_a_damaged_cache_is_mended(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = cached_rows()
     [path] = (cache / "python_docs").glob("*")
     calls = []
@@ -120,10 +116,7 @@ def test_rows_are_parsed_once_and_a_damaged_cache_is_mended(
 
 
 def test_a_group_too_large_for_a_split_is_for_training() -> None:
-    rows = [
-        Row(group="big" if i < 90 else f"g{i}", label="a", text=str(i), tokens=[], tags=[])
-        for i in range(100)
-    ]
+    rows = [Row(group="big" if i < 90 else f"g{i}", label="a", text=str(i), tokens=[], tags=[]) for i in range(100)]
     parts = deal(rows, 0.05, 0.05)
     assert {row.group for row in parts["train"]} == {"big"}
     assert len(parts["test"]) == len(parts["validation"]) == 5

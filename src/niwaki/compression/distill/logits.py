@@ -44,6 +44,8 @@ class Logits(Stage):
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         assert self.teacher is not None
+        if not context.steps:
+            raise ConfigError("compression.logits: has no effect with trainer.max_epochs=0; a student learns in a fit")
         term = TeacherTerm(context.load_teacher(self.teacher), context.predictions, self.temperature, self.weight)
         return Effects(terms={"distill/logits": term})
 

@@ -37,9 +37,9 @@ class Magnitude(Stage):
     pattern: str = "unstructured"
     scope: Literal["layer", "global"] = "layer"
     schedule: Literal["one_shot", "cubic"] = "one_shot"
-    begin: float = 0.0
-    end: float = 0.5
-    interval: int = 10
+    begin: float | None = None
+    end: float | None = None
+    interval: int | None = None
 
     def __post_init__(self) -> None:
         field = "compression.magnitude"
@@ -48,7 +48,7 @@ class Magnitude(Stage):
             raise ConfigError(f"{field}.sparsity={self.sparsity}: needs a number above 0 and below 1")
         if pattern.group and self.sparsity not in (None, pattern.sparsity):
             raise ConfigError(
-                f"{field}.sparsity={self.sparsity}: the pattern {self.pattern} makes it {pattern.sparsity}; leave it out"
+                f"{field}.sparsity={self.sparsity}: pattern {self.pattern} makes it {pattern.sparsity}; leave it out"
             )
         if self.scope not in ("layer", "global"):
             raise ConfigError(f"{field}.scope={self.scope!r}: needs layer or global")
@@ -56,10 +56,23 @@ class Magnitude(Stage):
             raise ConfigError(f"{field}.scope=global: has no effect with the pattern {self.pattern}; use scope=layer")
         if self.schedule not in ("one_shot", "cubic"):
             raise ConfigError(f"{field}.schedule={self.schedule!r}: needs one_shot or cubic")
-        if not 0 <= self.begin < self.end <= 1:
-            raise ConfigError(f"{field}.begin={self.begin}, end={self.end}: needs 0 <= begin < end <= 1")
-        if self.interval < 1:
-            raise ConfigError(f"{field}.interval={self.interval}: needs a whole number of at least 1")
+        given = [n for n in ("begin", "end", "interval") if getattr(self, n) is not None]
+        if given and self.schedule == "one_shot":
+            raise ConfigError(f"{field}.{given[0]}: has no effect with schedule=one_shot; set {field}.schedule=cubic")
+        begin, end, interval = self.span
+        if not 0 <= begin < end <= 1:
+            raise ConfigError(f"{field}.begin={begin}, end={end}: needs 0 <= begin < end <= 1")
+        if interval < 1:
+            raise ConfigError(f"{field}.interval={interval}: needs a whole number of at least 1")
+
+    @property
+    def span(self) -> tuple[float, float, int]:
+        """Begin, end and interval of the cubic schedule: 0, 0.5 and 10 where they are not given."""
+        return (
+            0.0 if self.begin is None else self.begin,
+            0.5 if self.end is None else self.end,
+            10 if self.interval is None else self.interval,
+        )
 
     @property
     def final_sparsity(self) -> float:
@@ -76,17 +89,23 @@ class Magnitude(Stage):
                 )
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        masks = mask_targets(context.targets, Mask)
+        begin, end, interval = self.span
+        gradual = self.schedule == "cubic"
+        if gradual and not context.steps:
+            raise ConfigError(
+                "compression.magnitude.schedule=cubic: needs a fit; use one_shot with trainer.max_epochs=0"
+            )
         schedule = MaskSchedule(
-            masks,
+            mask_targets(context.targets, Mask),
             score=magnitude,
             pattern=Pattern.parse(self.pattern),
             together=self.scope == "global",
-            sparsity_at=cubic(self.final_sparsity, self.begin, self.end, context.steps)
-            if self.schedule == "cubic"
-            else lambda step: self.final_sparsity,
-            last_step=max(round(self.end * context.steps), 1) if self.schedule == "cubic" else 0,
-            interval=self.interval,
+            sparsity_at=cubic(self.final_sparsity, begin, end, context.steps) if gradual else self._at_once,
+            last_step=max(round(end * context.steps), 1) if gradual else 0,
+            interval=interval,
         )
         schedule.draw(0)
         return Effects(callbacks=[schedule], settled=schedule.last_step)
+
+    def _at_once(self, step: int) -> float:
+        return self.final_sparsity

@@ -34,4 +34,3 @@ class Int8(Stage):
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
         return to_integers(model, context, 8, None, 8)
-

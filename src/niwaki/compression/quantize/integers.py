@@ -30,7 +30,7 @@ def to_codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes on -q..q (floats, same shape) and scales (..., 1), one scale per last axis: absmax / q."""
     scale = values.abs().amax(-1, keepdim=True).float() / largest_code(bits)
     scale = torch.where(scale > 0, scale, 1.0)
-    return (values / scale).round_(), scale  # within -q..q without clamping: |values / scale| exceeds q by rounding only
+    return (values / scale).round_(), scale
 
 
 class StraightThrough(torch.autograd.Function):
@@ -58,7 +58,7 @@ class IntegerGrid(Link):
 
     def forward(self, weight: Tensor) -> Tensor:
         grouped = weight.reshape(-1, self.group) if self.group else weight
-        return StraightThrough.apply(grouped, self.bits).reshape(weight.shape)  # type: ignore[no-untyped-call]
+        return StraightThrough.apply(grouped, self.bits).reshape(weight.shape)
 
     def record(self, weight: Tensor) -> dict[str, Tensor]:
         """`codes` (out, in) int8 and `scale` (out, groups): their product is exactly what `forward` gives."""
@@ -74,18 +74,18 @@ class RoundActivations:
         self.bits = bits
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (StraightThrough.apply(inputs[0], self.bits), *inputs[1:])  # type: ignore[no-untyped-call]
+        return (StraightThrough.apply(inputs[0], self.bits), *inputs[1:])
 
 
 def one_grid_only(stage: Stage, others: Sequence[Stage]) -> str | None:
     """A weight can be on one grid: the reason to refuse another quantization method, if there is one."""
     other = next((other for other in others if other.phase is Phase.QUANTIZE), None)
-    return other and f"compression: {stage.name} and {other.name}: each puts the weights on its own grid; choose one"
+    if other is None:
+        return None
+    return f"compression: {stage.name} and {other.name}: each puts the weights on its own grid; choose one"
 
 
-def put_on_grid(
-    targets: Mapping[str, nn.Linear], bits: int, group: int | None, activation_bits: int | None
-) -> None:
+def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, activation_bits: int | None) -> None:
     """Stack a grid on every target, and round their inputs."""
     for linear in targets.values():
         stack(linear, IntegerGrid(bits, group))

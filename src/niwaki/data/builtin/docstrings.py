@@ -17,9 +17,7 @@ TYPES = frozenset(
     {"int", "str", "dict", "float", "bool", "bytes", "bytearray", "tuple", "list", "frozenset", "memoryview"}
 )
 EXCEPTIONS = frozenset(
-    name
-    for name, value in vars(builtins).items()
-    if isinstance(value, type) and issubclass(value, BaseException)
+    name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)
 )
 
 
@@ -68,13 +66,12 @@ def _docstring(node: Definition, module: str, group: str, text: str) -> Docstrin
         return Docstring(module=module, group=group, text=text, parameters=None)
     arguments = node.args
     starred = {argument.arg for argument in (arguments.vararg, arguments.kwarg) if argument}
-    named = {
-        argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-    } - {"self", "cls"}
+    named = {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} - {
+        "self",
+        "cls",
+    }
     long = frozenset(name for name in named | starred if len(name) > 1)
-    return Docstring(
-        module=module, group=group, text=text, parameters=long, starred=frozenset(starred) & long
-    )
+    return Docstring(module=module, group=group, text=text, parameters=long, starred=frozenset(starred) & long)
 
 
 def without_examples(text: str) -> str:
@@ -119,12 +116,7 @@ def tag_words(text: str, docstring: Docstring) -> tuple[list[str], list[str]]:
     for index, (star, name) in enumerate(itertools.pairwise(tokens)):
         # *args is one entity of two words, but the closing star of *emphasis* begins none.
         opens = index == 0 or tokens[index - 1] != star
-        if (
-            star in ("*", "**")
-            and name in docstring.starred
-            and opens
-            and tokens[index + 2 : index + 3] != [star]
-        ):
+        if star in ("*", "**") and name in docstring.starred and opens and tokens[index + 2 : index + 3] != [star]:
             tags[index : index + 2] = ["B-PARAMETER", "I-PARAMETER"]
     return tokens, tags
 

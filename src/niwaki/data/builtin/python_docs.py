@@ -124,9 +124,7 @@ def _hash(text: str) -> int:
 def cached_rows() -> list[Row]:
     """`parse_rows` of the running interpreter, kept in the cache folder until Python or this code changes."""
     library = Path(os.__file__).parent
-    code = b"".join(
-        Path(__file__).with_name(name).read_bytes() for name in ("docstrings.py", "python_docs.py")
-    )
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("docstrings.py", "python_docs.py"))
     key = hashlib.sha256(f"{sys.version}\n{library}\n".encode() + code).hexdigest()
     path = cache_folder() / "python_docs" / f"{key}.json"
     try:
@@ -146,9 +144,7 @@ def _save(rows: list[Row], path: Path) -> None:
             json.dump([asdict(row) for row in rows], stream)
         os.replace(name, path)
     except OSError as error:
-        raise DataError(
-            f"cache folder {path.parent}: cannot be used: {error}; set NIWAKI_CACHE to another"
-        ) from error
+        raise DataError(f"cache folder {path.parent}: cannot be used: {error}; set NIWAKI_CACHE to another") from error
 
 
 def parse_rows(library: Path) -> list[Row]:
@@ -162,9 +158,7 @@ def parse_rows(library: Path) -> list[Row]:
     rows = [same[0] for same in texts.values() if len({row.label for row in same}) == 1]
     missing = sorted(AREAS.keys() - {row.label for row in rows})
     if missing:
-        raise DataError(
-            f"{library}: no docstrings on {', '.join(missing)}; is Python here without its sources?"
-        )
+        raise DataError(f"{library}: no docstrings on {', '.join(missing)}; is Python here without its sources?")
     return rows
 
 
