@@ -130,8 +130,9 @@ def test_a_short_fit_still_ends_sparse(setting: Callable[..., Any], train: Calla
         ({"sparsity": 0.0}, "sparsity"), ({"sparsity": 1.0}, "sparsity"), ({"sparsity": 50}, "sparsity"),
         ({"sparsity": 0.6, "pattern": "2:4"}, "sparsity"), ({"pattern": "4:2"}, "pattern"),
         ({"scope": "block"}, "scope"), ({"pattern": "2:4", "scope": "global"}, "scope"),
-        ({"schedule": "linear"}, "schedule"), ({"begin": 0.5, "end": 0.5}, "begin"), ({"end": 1.5}, "begin"),
-        ({"begin": -0.1}, "begin"), ({"interval": 0}, "interval"),
+        ({"schedule": "linear"}, "schedule"), ({"schedule": "cubic", "begin": 0.5, "end": 0.5}, "begin"),
+        ({"schedule": "cubic", "end": 1.5}, "begin"), ({"end": 0.5}, "end: has no effect with schedule=one_shot"),
+        ({"schedule": "cubic", "begin": -0.1}, "begin"), ({"schedule": "cubic", "interval": 0}, "interval"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_field(fields: dict[str, Any], name: str) -> None:

@@ -72,11 +72,16 @@ class Pattern:
 
 
 def keep_largest(scores: Tensor, drop: int) -> Tensor:
-    """Per row of `scores` (rows, n): False at exactly the `drop` lowest. (rows, n) booleans."""
-    mask = torch.ones_like(scores, dtype=torch.bool)
-    if drop:
-        mask.scatter_(1, scores.topk(drop, dim=1, largest=False).indices, False)
-    return mask
+    """Per row of `scores` (rows, n): False at exactly the `drop` lowest, the first ones among equals. (rows, n)."""
+    if not drop:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(drop, dim=1, keepdim=True).values  # several times faster than topk of half a matrix
+    low = scores <= threshold
+    surplus = low.sum(1, keepdim=True) - drop
+    if surplus.any():  # equals of the threshold: only as many of them go as are needed
+        equal = scores == threshold
+        low &= ~(equal & (equal.cumsum(1) > equal.sum(1, keepdim=True) - surplus))
+    return ~low
 
 
 def mask_targets(targets: Mapping[str, nn.Linear], kind: type[Mask]) -> dict[nn.Linear, Mask]:
