@@ -131,7 +131,7 @@ def test_a_short_fit_still_ends_sparse(setting: Callable[..., Any], train: Calla
         ({"sparsity": 0.6, "pattern": "2:4"}, "sparsity"), ({"pattern": "4:2"}, "pattern"),
         ({"scope": "block"}, "scope"), ({"pattern": "2:4", "scope": "global"}, "scope"),
         ({"schedule": "linear"}, "schedule"), ({"schedule": "cubic", "begin": 0.5, "end": 0.5}, "begin"),
-        ({"schedule": "cubic", "end": 1.5}, "begin"), ({"end": 0.5}, "end: has no effect with schedule=one_shot"),
+        ({"schedule": "cubic", "end": 1.5}, "begin"),
         ({"schedule": "cubic", "begin": -0.1}, "begin"), ({"schedule": "cubic", "interval": 0}, "interval"),
     ],
 )  # fmt: skip
@@ -146,3 +146,8 @@ def test_a_pattern_that_does_not_fit_is_refused_on_the_empty_model() -> None:
     with pytest.raises(ConfigError, match=r"pattern=2:5: bert\.encoder\.layer\.0\.\S+ has 32 inputs, which 5 does not"):
         Magnitude(pattern="2:5").check(anatomy, anatomy.linears())
     Magnitude(pattern="2:4").check(anatomy, anatomy.linears())
+
+
+def test_settings_of_a_schedule_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"compression\.magnitude\.end: has no effect with schedule=one_shot"):
+        Magnitude(end=0.5)
