@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+ARGS ?=
 # OpenMP threads that spin while they wait slow several processes on one machine down many times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -34,8 +35,8 @@ format: $(READY) ## Mend what the linter can, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Time a training step against a bare PyTorch loop
-	$(BIN)/python -m niwaki.measure.bench
+bench: $(READY) ## Time a training step against a bare PyTorch loop; ARGS="--trainer FILE" an epoch too
+	$(BIN)/python -m niwaki.measure.bench $(ARGS)
 
 docs: $(READY) ## Write docs/options.md anew: every option of every axis
 	mkdir -p docs

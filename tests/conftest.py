@@ -45,19 +45,6 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
     ),
     "causal_lm": (CausalLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
 }  # fmt: skip
-IGNORED_WARNINGS = (
-    "ignore:.*does not have many workers.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:.*have no `val_dataloader`.*",
-    "ignore:.*LeafSpec.*:FutureWarning",
-    "ignore:.*is an Enum subclass and is now natively supported.*",
-    "ignore:Checkpoint directory .* exists and is not empty.*",
-)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for line in IGNORED_WARNINGS:
-        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,6 +59,7 @@ def test_round_trip(
     assert (back.task, back.labels) == (one.task, one.labels)
     assert back.base_config == json.loads(json.dumps(base_config))
     assert [type(edit) for edit in back.edits] == [{"cut": KeepBlocks, "integers": UseIntegers}[form] for form in forms]
+    assert back.columns == ()
     assert back.tokenizer("garden tree")["input_ids"] == one.tokenizer("garden tree")["input_ids"]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -207,6 +208,12 @@ def test_an_altered_byte(damaged: Path, name: str) -> None:
     refused(damaged, name, "was altered")
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "merges.txt", "notes", "expected.pt"])
+def test_a_file_that_is_not_listed(damaged: Path, name: str) -> None:
+    (damaged / name).write_text("{}")
+    refused(damaged, name, "is not listed in niwaki.json")
+
+
 def test_a_missing_file(damaged: Path) -> None:
     (damaged / "tokenizer.json").unlink()
     refused(damaged, "tokenizer.json", "is missing")
@@ -285,3 +292,14 @@ def test_weights_that_no_checksum_covers_are_refused(damaged: Path) -> None:
     del files["model.safetensors"]
     change_card(damaged, files=files)
     refused(damaged, "names no model.safetensors")
+
+
+def test_the_columns_of_the_training_are_kept(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    artifact.save(
+        tmp_path / "model", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=one.model.config.to_dict(), edits=[], columns=("text", "label", "text_pair"),
+    )  # fmt: skip
+    assert artifact.load(tmp_path / "model").columns == ("text", "label", "text_pair")
+    change_card(tmp_path / "model", columns="text")
+    refused(tmp_path / "model", "niwaki.json", "damaged")

@@ -89,7 +89,7 @@ def test_without_best_only_the_last_is_kept(tmp_path: Path) -> None:
     (last,) = Checkpoint(best=False, every_steps=5).build(watch(tmp_path))
     assert not isinstance(last, BestCheckpoint)
     fit(Scripted(SCORES), [last], tmp_path)
-    assert weight_of(tmp_path / "last.ckpt") == 10
+    assert weight_of(tmp_path / "last.ckpt") == 12
 
 
 @pytest.mark.parametrize(("settled", "epochs"), [(0, 3), (3, 4), (5, 6)])

@@ -33,7 +33,8 @@ def rows(tmp_path: Path) -> Path:
 
 def launch(arguments: list[str], folder: Path) -> Any:
     """What train.py does with these arguments, in this process."""
-    arguments = [*QUICK, f"hydra.run.dir={folder}", *arguments]
+    usual = [*QUICK, f"hydra.run.dir={folder}"]
+    arguments = [*arguments, *usual] if arguments[:1] and arguments[0].startswith("-") else [*usual, *arguments]
     if entry.checked(arguments):
         entry.carry_out(compose.compose(arguments).config, folder)
     return folder
@@ -92,6 +93,20 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         (["name=../../outside"], r"name='../../outside': needs a plain name"),
         (["study=../outside"], r"study='../outside': needs a plain name"),
         (["study=/outside"], r"study='/outside': needs a plain name"),
+        (["study=s", "hydra/launcher=joblib"], r"hydra/launcher, hydra/sweeper: have no effect"),
+        (["-m", "hydra/launcher=joblib", "seed=0,1"], r"study=None: .*add study=NAME"),
+        (["hydra.mode=MULTIRUN"], r"hydra.mode=.*may not be changed"),
+        (["+hydra.sweeper.params.seed=1"], r"an override does not fit"),
+        (["+task.x._target_=classification.touch"], r"task.x._target_=.* may only stand at the root of a group"),
+        (["optimizer.lr=inf"], r"optimizer.lr=inf: needs a number, and a finite one"),
+        (["optimizer.betas=[0.9,nan]"], r"optimizer.betas=\[0.9, nan\]: .* finite"),
+        (["model.overrides.scale=inf"], r"model.overrides=.*inf.* finite"),
+        (["trainer.devices=2"], r"trainer.devices=2: needs 1; this version runs on one device"),
+        (["trainer.precision=fp16"], r"trainer.precision='fp16': .*fp16 needs trainer=gpu"),
+        (
+            ["compression=prune/magnitude", "+compression.b._target_=niwaki.compression.prune.magnitude.Magnitude"],
+            r"compression: prune/magnitude and prune/magnitude: ",
+        ),
         (["resume=./none"], r"resume='./none': needs a run folder|a resumed run keeps its settings"),
     ],
 )
@@ -170,22 +185,121 @@ def test_a_target_outside_the_allowlist_is_not_run(
     assert "intruder" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "+hydra.callbacks.x._target_=intruder.touch",
-        "hydra.launcher._target_=intruder.touch",
-        "+hydra.job_logging.handlers.x.()=intruder.touch",
-        "+task.x._target_=intruder.touch",
-    ],
-)
-def test_hydra_runs_no_target_of_a_command_line_either(
-    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that appears when the module `intruder` is imported or called."""
     (tmp_path / "intruder.py").write_text(CANARY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    refused([override], tmp_path / "run", capsys)
-    assert not (tmp_path / "canary").exists()
+    monkeypatch.delitem(sys.modules, "intruder", raising=False)
+    return tmp_path / "canary"
+
+
+FOREIGN = [
+    "+hydra.callbacks.x._target_=intruder.touch",
+    "hydra.launcher._target_=intruder.touch",
+    "hydra.launcher._target_=hydra.utils.call",
+    "+hydra.job_logging.handlers.x.()=intruder.touch",
+    "+hydra.job_logging.handlers.x.class=intruder.touch",
+    "+hydra.hydra_logging.handlers.x.class=intruder.touch",
+    "+hydra.hydra_logging.handlers.x.stream='ext://intruder.touch'",
+    "+hydra.job.env_set.PYTHONSTARTUP=intruder.py",
+    "hydra.verbose=true",
+    "hydra/job_logging=default",
+    "hydra.searchpath=[pkg://intruder]",
+    "+hydra.searchpath=[pkg://intruder]",
+    "++hydra.searchpath=[pkg://intruder]",
+    "hydra={searchpath:[pkg://intruder]}",
+]
+
+
+@pytest.mark.parametrize("asked", [[], ["--cfg", "job"]], ids=["run", "query"])
+@pytest.mark.parametrize("override", FOREIGN)
+def test_hydra_runs_no_target_of_a_command_line_either(
+    override: str, asked: list[str], canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused([*asked, override], tmp_path / "run", capsys)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config-dir", "elsewhere"],
+        ["--config-name", "other"],
+        ["--config-path", "elsewhere"],
+        ["--experimental-rerun", "config.pickle"],
+        ["--cfg", "job", "--config-dir", "elsewhere"],
+    ],
+)
+def test_no_other_config_than_the_checked_one(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is not taken" in refused(arguments, tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("question", [["--help"], ["--cfg", "job", "-p", "task"], ["--info"], ["-sc", "install=bash"]])
+def test_a_question_passes_and_makes_no_folder(question: list[str], tmp_path: Path) -> None:
+    arguments = [*question, "data=files"] if question[0] == "--cfg" else list(question)  # data.train is missing
+    assert entry.checked(arguments) == arguments
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for configs/experiment/shared.yaml, in a copy of the configs."""
+    shutil.copytree(compose.config_folder(), tmp_path / "configs")
+    monkeypatch.setattr(compose, "config_folder", lambda: tmp_path / "configs")
+    return tmp_path / "configs" / "experiment" / "shared.yaml"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "job_logging: {handlers: {x: {class: intruder.touch}}}",
+        "callbacks: {x: {_target_: intruder.touch}}",
+        "launcher: {_target_: intruder.touch}",
+        "job: {env_set: {A: b}}",
+        "searchpath: [pkg://intruder]",
+        "runtime: {choices: {hydra/launcher: joblib}}\n  launcher: {_target_: intruder.touch}",
+    ],
+)
+def test_nor_of_an_experiment_from_elsewhere(
+    block: str, experiment: Path, canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment.write_text(f"# @package _global_\nhydra:\n  {block}\n")
+    assert "hydra." in refused(["+experiment=shared"], tmp_path / "run", capsys)
+    assert not canary.exists()
+
+
+JOBLIB = "hydra/launcher=joblib"
+
+
+def test_an_installed_launcher_takes_plain_settings_from_the_command_line(experiment: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    assert not compose.compose([JOBLIB, "hydra.launcher.n_jobs=2"]).plain_launch
+    for setting in ("_target_=intruder.touch", "temp_folder=${model.overrides}", "n_jobs={_target_:intruder.touch}"):
+        with pytest.raises(UserError):
+            compose.compose([JOBLIB, f"hydra.launcher.{setting}"])
+    head = "# @package _global_\ndefaults: [override /hydra/launcher: joblib]\n"
+    experiment.write_text(head)
+    assert not compose.compose(["+experiment=shared"]).plain_launch
+    experiment.write_text(f"{head}hydra: {{launcher: {{temp_folder: elsewhere}}}}\n")
+    with pytest.raises(UserError, match=r"hydra.launcher.temp_folder='elsewhere': .* from the command line"):
+        compose.compose(["+experiment=shared"])
+
+
+def test_debug_leaves_the_other_axes_alone() -> None:
+    chosen = ["measure=scores", "data=files", "data.train=rows.jsonl", "data.limit=7"]
+    plain, debug = (compose.compose([*chosen, f"trainer={name}"]).config for name in ("cpu", "debug"))
+    assert {key for key in plain if plain[key] != debug[key]} == {"trainer"}
+    assert debug["trainer"]["max_steps"] == 2
+
+
+def test_every_way_to_start_trains_alike() -> None:
+    said = [
+        subprocess.run([sys.executable, *how, "seed=x"], capture_output=True, text=True).stderr
+        for how in ([str(ROOT / "train.py")], ["-m", "niwaki.train"])
+    ]
+    assert said == ["error: seed='x': needs a whole number\n"] * 2
 
 
 def test_a_folder_that_cannot_be_written_fails_before_anything_is_loaded(

@@ -1,6 +1,6 @@
 import pytest
 
-from niwaki import inference
+from niwaki import artifact, inference
 from niwaki.data.source import Needs
 from niwaki.errors import DataError
 
@@ -18,6 +18,7 @@ class Echo:
 
 class Saved:
     model = tokenizer = labels = None
+    columns = ()
 
     def __init__(self):
         self.task = Echo()
@@ -75,3 +76,50 @@ def test_labels_inside_lists_are_checked_too(tmp_path):
     ):
         inference.check_labels(rows, ("B-PER", "O"), "f")
     inference.check_labels(rows, (), "f")
+
+
+@pytest.fixture
+def trained_on(tmp_path, setting):
+    """`trained_on(*columns)`: an artifact of a classification on rows with these columns."""
+
+    def make(*columns):
+        one = setting()
+        artifact.save(
+            tmp_path / "model", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+            base_config=one.model.config.to_dict(), edits=[], columns=columns,
+        )  # fmt: skip
+        return artifact.load(tmp_path / "model")
+
+    return make
+
+
+SINGLE, PAIR = {"text": "a pine"}, {"text": "a pine", "text_pair": "no oak"}
+
+
+def test_an_artifact_of_pairs_wants_pairs(trained_on):
+    saved = trained_on("text", "label", "text_pair")
+    assert len(list(inference.answers(saved, [PAIR], 2))) == 1
+    with pytest.raises(DataError, match=r"^text 'a pine': has no text_pair, which the artifact was trained on"):
+        list(inference.answers(saved, [PAIR, SINGLE], 2))
+
+
+def test_an_artifact_of_texts_reads_no_pairs(trained_on):
+    (alone,) = inference.answers(trained_on("text", "label"), [SINGLE], 1)
+    (beside,) = inference.answers(trained_on("text", "label"), [PAIR], 1)
+    assert beside == alone
+    (paired,) = inference.answers(trained_on(), [PAIR], 1)  # not known: all that is there
+    assert paired["text_pair"] == "no oak"
+
+
+def test_an_artifact_is_scored_on_the_columns_that_it_was_trained_on(trained_on, tmp_path):
+    single, pair = tmp_path / "single.csv", tmp_path / "pair.csv"
+    single.write_text("text,label\na pine,yes\nan oak,no\n")
+    pair.write_text("text,text_pair,label\na pine,tall,yes\nan oak,old,no\n")
+    files = {path.stem: inference.WholeFile(train=str(path)) for path in (single, pair)}
+    saved = trained_on("text", "label", "text_pair")
+    paired, _ = inference.scores(saved, files["pair"])
+    with pytest.raises(DataError, match=r"single\.csv: no column 'text_pair'; found text, label"):
+        inference.scores(saved, files["single"])
+    alone, _ = inference.scores(trained_on("text", "label"), files["single"])
+    assert inference.scores(trained_on("text", "label"), files["pair"])[0] == alone
+    assert paired["loss"] != alone["loss"]

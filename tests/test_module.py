@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from niwaki.module import DivergedError, Learner
+from niwaki.module import DivergedError, Finite, Learner
 from niwaki.optimizer import SGD, AdamW
 from niwaki.schedule import Linear
 
@@ -95,6 +95,40 @@ def test_a_loss_that_is_not_finite_stops_the_fit_and_names_the_step(
     with pytest.raises(DivergedError, match=rf"^the loss is {bad} at optimizer step 2$"):
         train(learner_of(one, terms={"bad": term}), [one.batch()] * 5)
     assert all(bool(p.isfinite().all()) for p in one.model.parameters())
+
+
+class OnGPU:
+    """A loss that says it is on a GPU, and whether anybody waited for it."""
+
+    def __init__(self, value: float, log: list[str]) -> None:
+        self.is_cuda, self.value, self.log = True, value, log
+
+    def detach(self) -> OnGPU:
+        return self
+
+    def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+        assert (device, non_blocking) == ("cpu", True)
+        self.log.append(f"copy {self.value}")
+        return torch.tensor(self.value)
+
+
+def test_on_a_gpu_the_loss_of_the_step_before_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    finite = Finite()
+    for step, value in enumerate((1.0, float("nan"))):
+        finite.check(OnGPU(value, log), step)  # type: ignore[arg-type]
+    assert log == ["copy 1.0", "record", "copy nan", "record", "wait"]  # each waits for the one before, just started
+    with pytest.raises(DivergedError, match=r"^the loss is nan at optimizer step 1$"):
+        finite.check(OnGPU(2.0, log), 2)  # type: ignore[arg-type]
 
 
 def test_weights_that_are_not_finite_are_not_saved(

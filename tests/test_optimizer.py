@@ -73,10 +73,28 @@ def test_momentum_worked_by_hand() -> None:
     assert model.weight.item() == pytest.approx(2 - 0.1 * 0.5 - 0.1 * (0.9 * 0.5 + 0.5), abs=1e-6)
 
 
+NAN, INFINITY = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
-    ("fields", "name"),
-    [({"lr": 0.0}, "lr"), ({"lr": float("nan")}, "lr"), ({"weight_decay": -1.0}, "weight_decay")],
+    ("kind", "fields"),
+    [
+        *((kind, {"lr": value}) for kind in (AdamW, Adam, SGD) for value in (0.0, -1.0, NAN, INFINITY)),
+        *((kind, {"weight_decay": value}) for kind in (AdamW, Adam, SGD) for value in (-1.0, NAN, INFINITY)),
+        *((kind, {"eps": value}) for kind in (AdamW, Adam) for value in (0.0, -1e-8, NAN, INFINITY)),
+        *(
+            (kind, {"betas": value})
+            for kind in (AdamW, Adam)
+            for value in ((0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, NAN), (0.9, 0.9, 0.9))
+        ),
+        *((SGD, {"momentum": value}) for value in (-0.1, 1.0, NAN, INFINITY)),
+    ],
 )
-def test_refusals_name_the_field(fields: dict[str, float], name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^optimizer\.{name}="):
-        AdamW(**fields)  # type: ignore[arg-type]
+def test_refusals_name_the_field(kind: type, fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^optimizer\.{next(iter(fields))}="):
+        kind(**fields)
+
+
+def test_the_ends_of_the_ranges() -> None:
+    AdamW(betas=(0.0, 0.0), weight_decay=0.0)
+    SGD(momentum=0.0)

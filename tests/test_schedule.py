@@ -53,7 +53,7 @@ def test_the_rate_is_zero_after_the_end_and_stays_there() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.0
 
 
-@pytest.mark.parametrize("warmup", [-0.1, 1.0, 3])
+@pytest.mark.parametrize("warmup", [-0.1, 1.0, 3, float("nan"), float("inf")])
 def test_refusal(warmup: float) -> None:
     with pytest.raises(ConfigError, match=r"^schedule\.warmup="):
         Linear(warmup=warmup)

@@ -18,15 +18,13 @@ from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Phase, ordered, refuse_conflicts
-from niwaki.tuning.delta import Delta, adapters, unload
+from niwaki.tuning.delta import adapters, unload
 from niwaki.tuning.full import Full
 from niwaki.tuning.lora import LoRA
 from niwaki.weights import (
     Link,
     entering,
-    find,
     fold,
-    linears,
     links,
     replace_module,
     shared_parameters,
@@ -81,11 +79,9 @@ def test_entering_is_the_weight_below_the_link() -> None:
         entering(linear, IntegerGrid(3, None))
 
 
-def test_links_and_find() -> None:
+def test_links() -> None:
     linear, stacked = chain()
     assert links(linear) == stacked
-    assert find(linear, Mask) is stacked[1]
-    assert find(linear, Delta) is None
     assert links(nn.Linear(2, 2)) == []
 
 
@@ -108,7 +104,7 @@ def test_methods_act_in_the_order_of_their_phases_not_of_the_list() -> None:
 
 
 def test_two_grids_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"quantize/qat and quantize/int8: .* choose one"):
+    with pytest.raises(ConfigError, match=r"quantize/int8 and quantize/qat: .* choose one"):
         refuse_conflicts([QAT(), Int8()])
     refuse_conflicts([Full(), Magnitude(), QAT()])
 
@@ -170,8 +166,7 @@ def test_the_delta_is_masked_and_cannot_refill_what_was_pruned(setting: Callable
         for _, layer in adapters(one.model):
             layer.lora_B["default"].weight.fill_(1.0)  # type: ignore[index, union-attr]
     for linear in context.targets.values():
-        mask = find(linear, Mask)
-        assert mask is not None
+        (mask,) = (link for link in links(linear) if isinstance(link, Mask))
         assert not linear.weight[~mask.mask].any()
 
 
@@ -229,4 +224,4 @@ def test_replace_module_at_any_depth() -> None:
     replace_module(model, "1", new)
     assert model[0][0] is new
     assert model[1] is new
-    assert list(linears(model)) == []
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())

@@ -41,6 +41,7 @@ class Artifact:
     labels: tuple[str, ...]
     base_config: dict[str, Any]
     edits: tuple[Edit, ...]
+    columns: tuple[str, ...] = ()  # of the rows that it was trained on; empty where that is not known
 
 
 def is_artifact(place: str | Path) -> bool:
@@ -50,9 +51,9 @@ def is_artifact(place: str | Path) -> bool:
 
 def save(
     folder: Path, *, model: Any, tokenizer: Any, task: Task, labels: Sequence[str],
-    base_config: dict[str, Any], edits: Sequence[Edit],
+    base_config: dict[str, Any], edits: Sequence[Edit], columns: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Write the artifact; `folder` appears whole or not at all."""
+    """Write the artifact; `folder` appears whole or not at all. `columns`: those of the rows that it was trained on."""
     from safetensors.torch import save_file
 
     partial = folder.with_name(folder.name + ".partial")
@@ -70,6 +71,7 @@ def save(
             "task": f"{type(task).__module__}:{type(task).__name__}",
             "task_settings": asdict(task),
             "labels": list(labels),
+            "columns": list(columns),
             "base_config": base_config,
             "edits": [edit.to_json() for edit in edits],
             "files": {
@@ -103,7 +105,10 @@ def load(folder: str | Path) -> Artifact:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
-    return Artifact(folder, model.eval(), tokenizer, task, tuple(card["labels"]), card["base_config"], edits)
+    return Artifact(
+        folder, model.eval(), tokenizer, task, tuple(card["labels"]), card["base_config"], edits,
+        tuple(card.get("columns", ())),
+    )  # fmt: skip
 
 
 def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, folder: Path) -> Any:
@@ -128,31 +133,45 @@ def read_card(folder: Path) -> dict[str, Any]:
     """`niwaki.json`, after a check of every file against it.
 
     Raises:
-        ArtifactError: no artifact, a file missing, truncated or altered, or another schema.
+        ArtifactError: no artifact, a file missing, truncated, altered or not listed, or another schema.
+    """
+    card = parse_card(folder)
+    for name, facts in card["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise ArtifactError(f"artifact {folder}: the file {name} is missing")
+        if path.stat().st_size != facts["bytes"]:
+            raise ArtifactError(
+                f"artifact {folder}: {name} is truncated or altered ({path.stat().st_size} bytes, not {facts['bytes']})"
+            )
+        if checksum(path) != facts["sha256"]:
+            raise ArtifactError(f"artifact {folder}: {name} was altered (its checksum is not the one in {CARD})")
+    foreign = sorted({path.name for path in folder.iterdir()} - {CARD, *card["files"]})
+    if foreign:
+        raise ArtifactError(f"artifact {folder}: {foreign[0]} is not listed in {CARD}; move it elsewhere")
+    return card
+
+
+def parse_card(folder: Path) -> dict[str, Any]:
+    """`niwaki.json`, without a look at the other files.
+
+    Raises:
+        ArtifactError: no artifact, a damaged card, or another schema.
     """
     if not is_artifact(folder):
         raise ArtifactError(f"artifact {folder}: needs a folder that holds {CARD}")
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         schema = card["schema"]
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in card["files"].items()}
-        if schema == SCHEMA and not all(isinstance(card[name], kind) for name, kind in FIELDS.items()):
+        listed = {name for name, facts in card["files"].items() if {"bytes", "sha256"} <= facts.keys()}
+        kinds = [isinstance(card[name], kind) for name, kind in FIELDS.items()] if schema == SCHEMA else []
+        if not all(kinds) or listed != set(card["files"]) or not isinstance(card.get("columns", []), list):
             raise TypeError("a field is of the wrong kind")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"artifact {folder}: {CARD} is damaged ({error})") from error
     if schema != SCHEMA:
         raise ArtifactError(f"artifact {folder}: schema {schema}, this version reads {SCHEMA}")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise ArtifactError(f"artifact {folder}: the file {name} is missing")
-        if path.stat().st_size != size:
-            raise ArtifactError(
-                f"artifact {folder}: {name} is truncated or altered ({path.stat().st_size} bytes, not {size})"
-            )
-        if checksum(path) != digest:
-            raise ArtifactError(f"artifact {folder}: {name} was altered (its checksum is not the one in {CARD})")
-    if WEIGHTS not in files:
+    if WEIGHTS not in listed:
         raise ArtifactError(f"artifact {folder}: {CARD} names no {WEIGHTS}")
     return card
 
@@ -182,9 +201,10 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         raise ArtifactError(f"artifact {folder}: {WEIGHTS} does not fit the structure ({odd})")
 
 
-def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> nn.Module:
-    """An artifact as the start of another training: integers become fp32 weights again; a head for another task or
-    other labels is left behind for a fresh one."""
+def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
+    """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
+    integers become fp32 weights again; a head for another task or other labels is left behind for a fresh one."""
+    from niwaki.model.anatomy import Anatomy
     from niwaki.model.load import auto_class, with_labels
 
     saved = load(place)
@@ -193,9 +213,12 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> nn
             replace_by_linear(saved.model, name, module)
     fresh = auto_class(task).from_config(with_labels(config, labels), dtype=torch.float32)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
-    source, target = (saved.model, fresh) if same else (saved.model.base_model, fresh.base_model)
-    target.load_state_dict(source.state_dict(), strict=same)
-    return fresh
+    source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
+    stored = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    fitting = {name: tensor for name, tensor in stored.items() if shapes.get(name) == tensor.shape}
+    fresh.load_state_dict(fitting, strict=False)
+    return fresh, set(shapes) - set(fitting)
 
 
 def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -35,6 +36,44 @@ class CallbackSettings(abc.ABC):
     def build(self, watch: Watch) -> list[pl.Callback]: ...
 
 
+def accumulating(trainer: pl.Trainer) -> bool:
+    """Whether gradients wait for their optimizer step; a checkpoint would lose them."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """At the end of a training batch: whether a validation comes next. A checkpoint of this moment would leave it out
+    when it is gone on with."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def save(trainer: pl.Trainer, path: Path) -> None:
+    """A checkpoint, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    trainer.save_checkpoint(partial)
+    if trainer.is_global_zero:
+        os.replace(partial, path)
+
+
+class LastCheckpoint(pl.callbacks.Checkpoint):
+    """`last.ckpt` after every validation, and every `every_steps` optimizer steps too if given."""
+
+    def __init__(self, path: Path, every_steps: int | None) -> None:
+        self._path = path
+        self._every_steps = every_steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self._every_steps or trainer.global_step % self._every_steps or accumulating(trainer):
+            return
+        if not validation_follows(trainer):
+            save(trainer, self._path)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not accumulating(trainer):
+            save(trainer, self._path)
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the best step among those at which every schedule has ended: an earlier one is not the model asked for."""
 
@@ -54,6 +93,10 @@ class PatientStopping(EarlyStopping):
         super().__init__(**settings)
         self._settled = settled
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:  # gone on with after it had stopped the fit
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step >= self._settled:
             super().on_validation_end(trainer, pl_module)
@@ -61,8 +104,8 @@ class PatientStopping(EarlyStopping):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(CallbackSettings):
-    """`checkpoints/last.ckpt`, after every validation or every `every_steps` optimizer steps, to go on from; and,
-    with `best`, `checkpoints/best.ckpt`, the best on validation, which is what the run then goes on with.
+    """`checkpoints/last.ckpt`, after every validation and every `every_steps` optimizer steps, to go on from; and, with
+    `best`, `checkpoints/best.ckpt`, the best on validation, which is what the run then goes on with.
 
     Nothing is saved at the end of an epoch itself: Lightning 2.6 would resume from there one batch too late.
     """
@@ -75,13 +118,10 @@ class Checkpoint(CallbackSettings):
             raise ConfigError(f"callbacks.checkpoint.every_steps={self.every_steps}: needs null or at least 1")
 
     def build(self, watch: Watch) -> list[pl.Callback]:
-        common: dict[str, Any] = {"dirpath": watch.folder, "save_top_k": 1, "enable_version_counter": False}
-        last = ModelCheckpoint(
-            filename="last", every_n_train_steps=self.every_steps, save_on_train_epoch_end=False, **common
-        )  # fmt: skip
+        last = LastCheckpoint(watch.folder / "last.ckpt", self.every_steps)
         best = BestCheckpoint(
-            watch.settled, filename="best", monitor=watch.metric, mode=watch.mode, save_weights_only=True,
-            save_on_train_epoch_end=False, **common,
+            watch.settled, dirpath=watch.folder, filename="best", monitor=watch.metric, mode=watch.mode, save_top_k=1,
+            enable_version_counter=False, save_weights_only=True, save_on_train_epoch_end=False,
         )  # fmt: skip
         return [best, last] if self.best else [last]
 
@@ -132,10 +172,12 @@ class StoppedError(UserError):
         self.exit_code = 128 + signal_number
 
 
-class Interruption(pl.Callback):
+class Interruption(pl.callbacks.Checkpoint):
     """On SIGTERM or Ctrl-C: finish the batch, save `last.ckpt`, stop. A second Ctrl-C stops at once.
 
-    Saving inside a signal handler can meet half-updated weights; the handler only sets a flag.
+    Saving inside a signal handler can meet half-updated weights; the handler only sets a flag. A validation that was
+    broken off is done over, from its start, when the run goes on; that of the last step is let to end, since Lightning
+    would not come back to it. It is a Checkpoint so that its turn comes after those that keep the best.
     """
 
     def __init__(self, checkpoint: Path, hint: str) -> None:
@@ -143,33 +185,54 @@ class Interruption(pl.Callback):
         self._hint = hint
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
-        self._step = 0
+        self._broken_off = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._step = trainer.global_step
-
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        accumulating = trainer.global_step == self._step  # a checkpoint would lose these gradients
-        if self._received is None or accumulating:
-            return
-        trainer.save_checkpoint(self._checkpoint)
-        name = signal.Signals(self._received).name
-        raise StoppedError(f"{name} at optimizer step {trainer.global_step}; go on with: {self._hint}", self._received)
+        if self._received is not None and not accumulating(trainer) and not validation_follows(trainer):
+            self._save_and_stop(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._received is not None and not accumulating(trainer) and not trainer.should_stop:
+            self._broken_off = True
+            self._save_and_stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._received is not None and not accumulating(trainer):
+            self._save_and_stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.restore()  # before Lightning gives back the handlers that it put in itself: they would come after
+        if self._received is not None:  # since the last validation; what is saved is of the last step already
+            self._stop(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.restore()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._broken_off:
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # Lightning's mark of such a validation
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress.update(total=dict(begun), current=dict(begun), is_last_batch=False)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+    def _save_and_stop(self, trainer: pl.Trainer) -> NoReturn:
+        save(trainer, self._checkpoint)
+        self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> NoReturn:
+        assert self._received is not None
+        name = signal.Signals(self._received).name
+        raise StoppedError(f"{name} at optimizer step {trainer.global_step}; go on with: {self._hint}", self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:
@@ -178,10 +241,19 @@ class Interruption(pl.Callback):
 
 
 class LastValidation(pl.Callback):
-    """Has the last step validated too where `max_steps` ends the fit within an epoch."""
+    """Has step `steps`, the last one, validated and so saved, wherever in an epoch or between validations it falls."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer)  # gone on with from the last step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == trainer.max_steps:
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step >= self._steps:
             trainer.should_stop = True
 
 

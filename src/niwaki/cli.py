@@ -91,10 +91,16 @@ def list_options(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or folders with runs below.")],
-    rows: Annotated[str, typer.Option(metavar="A,B", help="Settings that make a row; else all that differ.")] = "",
+    rows: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Settings that make a row; else each axis with several values, and what else tells runs apart.",
+        ),
+    ] = "",
     metrics: Annotated[str, typer.Option(metavar="A,B", help="Columns, such as after.test.accuracy.")] = "",
     baseline: Annotated[
-        str | None, typer.Option(metavar="KEY=VALUE", help="The row that others are compared to.")
+        str | None, typer.Option(metavar="KEY=VALUE,...", help="The row that others are compared to.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for report.md, report.csv and report.png.")] = None,
     x: Annotated[str | None, typer.Option(help="Cost across in the picture, such as after.latency_ms.")] = None,
@@ -162,16 +168,8 @@ def finite(metrics: dict[str, float]) -> dict[str, float | None]:
 
 def class_table(tables: dict[str, Any], task: str) -> str:
     """Precision, recall, F1 and support of each class, and their averages, in markdown."""
-    from niwaki.measure.report import markdown_table, number
+    from niwaki.measure.report import classes
 
     if "per_class" not in tables:
         raise ConfigError(f"--report: {task} has no table per class; leave it out")
-    named = {
-        **tables["per_class"],
-        **{f"*{name} average*": row for name, row in tables.get("averages", {}).items()},
-    }
-    columns = ("precision", "recall", "f1")
-    rows = [
-        [name, *(number(one, row.get(one)) for one in columns), f"{row['support']:,.0f}"] for name, row in named.items()
-    ]
-    return markdown_table(["class", *columns, "support"], rows)
+    return classes(tables)

@@ -1,17 +1,21 @@
-"""From the command line to a Recipe. With train.py the only code that knows Hydra and OmegaConf.
+"""From the command line to a Recipe. With niwaki/train.py the only code that knows Hydra and OmegaConf.
 
 A config may come from anybody, and `_target_` can name anything: here it may name only the classes of `niwaki.allow`,
 only at the root and at the root of a group, and with settings of the right types. All of it is checked on the
-resolved values before anything is built.
+resolved values before anything is built. Hydra's own part of the config can import and call things too (plugins,
+logging, search path): it stays as configs/train.yaml has it, but for a few places.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,12 @@ import pytorch_lightning as pl
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import initialize, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -39,6 +44,11 @@ from niwaki.stage import Stage
 KINDS = (Recipe, Stage, CallbackSettings, pl.Callback, *AXES.values())
 GROUPS_OF_MANY = ("compression", "callbacks")
 FREE_MAPPINGS = ("data.columns", "model.overrides")  # whose keys no config can know
+QUERIES = ("help", "hydra_help", "info", "cfg", "shell_completion")
+REPLACING = ("config_path", "config_name", "config_dir", "experimental_rerun")  # another config than the one checked
+PLUGINS = ("launcher", "sweeper")
+MAY_DIFFER = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+FILLED_BY_HYDRA = ("hydra.runtime.", "hydra.overrides.", "hydra.job.override_dirname")
 NUMBERS = BeartypeConf(is_pep484_tower=True)  # an int is a float
 
 
@@ -48,16 +58,23 @@ class Command:
 
     overrides: list[str]
     multirun: bool
-    passes_through: bool
+    asks: bool
 
 
 def parse(arguments: list[str]) -> Command:
-    """Read a command line as Hydra does. A key of a free mapping needs no `+` to be new."""
+    """Read a command line as Hydra does. A key of a free mapping needs no `+` to be new.
+
+    Raises:
+        ConfigError: an option that would make Hydra run another config than the one that is checked here.
+    """
     arguments[:] = [f"++{word}" if word.startswith(FREE_MAPPINGS) else word for word in arguments]
     parsed = get_args_parser().parse_args(arguments)
-    asks = ("help", "hydra_help", "info", "cfg", "shell_completion", "experimental_rerun", "config_dir", "config_name")
-    passes_through = any(getattr(parsed, name, None) for name in asks)
-    return Command(parsed.overrides, parsed.multirun, passes_through)
+    for name in REPLACING:
+        if getattr(parsed, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option}={getattr(parsed, name)}: is not taken; put the file into configs/experiment")
+    asks = any(getattr(parsed, name) for name in QUERIES)
+    return Command([] if parsed.shell_completion else parsed.overrides, parsed.multirun, asks)
 
 
 @dataclass(frozen=True)
@@ -76,23 +93,54 @@ def compose(overrides: Sequence[str]) -> Composed:
     Raises:
         ConfigError: an unknown option or key (with the nearest that exists), or a value that does not parse.
     """
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            whole = hydra_compose("train", list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)  # for references to Hydra's own part, such as the chosen task
-        refuse_foreign_plugins(OmegaConf.to_container(whole.hydra, resolve=False))
+    with errors_explained():
+        whole = checked_whole(overrides)
         hydra = whole.hydra
         choices = hydra.runtime.choices
-        plain = choices["hydra/launcher"] == "basic" and choices["hydra/sweeper"] == "basic"
+        plain = all(choices[f"hydra/{plugin}"] == "basic" for plugin in PLUGINS)
         config = {key: value for key, value in to_plain(whole).items() if key != "hydra"}
         safe_name(config, "name")
         safe_name(config, "study")
         return Composed(config, Path(hydra.run.dir), Path(hydra.sweep.dir), plain)
+
+
+def check_query(overrides: Sequence[str]) -> None:
+    """Refuse what would do harm while Hydra answers a question such as `--cfg job`; a value may be missing there.
+
+    Raises:
+        ConfigError: as `compose` does.
+    """
+    with errors_explained():
+        checked_whole(overrides)
+
+
+@contextmanager
+def errors_explained() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into a ConfigError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise ConfigError(explain(error)) from error
+    except (AttributeError, AssertionError) as error:  # OmegaConf's own, for a key below a null
+        raise ConfigError(f"config: an override does not fit ({first_line(error)})") from error
+
+
+def checked_whole(overrides: Sequence[str]) -> Any:
+    """The config with Hydra's own part, which is checked."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:  # before composing, which imports what a search path names
+        if str(override.key_or_group).startswith("hydra.searchpath"):
+            raise ConfigError(
+                f"{override.input_line}: configs come from one folder; put the file into configs/experiment"
+            )
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        whole = hydra_compose("train", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(whole)  # for references to Hydra's own part, such as the chosen task
+    check_hydra(whole.hydra, parsed)
+    return whole
 
 
 def to_plain(whole: Any) -> dict[str, Any]:
@@ -105,19 +153,55 @@ def to_plain(whole: Any) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", OmegaConf.to_container(own, resolve=True))
 
 
-def refuse_foreign_plugins(hydra: Any) -> None:
-    """Hydra builds its launcher, sweeper and callbacks before our code runs: only its own plugins may be named."""
-    for path, node in nodes(hydra, "hydra"):
-        if "()" in node:
-            raise ConfigError(f"{path}.()={node['()']!r}: factories are not allowed in a config")
-        target = str(node.get("_target_", "hydra.x"))
-        if (
-            not target.startswith(("hydra.", "hydra_plugins.", "hydra._internal.core_plugins."))
-            or target.count(".") < 1
-        ):
-            raise ConfigError(f"{path}._target_={target!r}: only Hydra's own plugins may be named here")
-        if path.startswith("hydra.callbacks") and "_target_" in node:
-            raise ConfigError(f"{path}._target_={target!r}: callbacks of Hydra are not used here")
+def check_hydra(hydra: Any, overrides: Sequence[Override]) -> None:
+    """Refuse every difference of Hydra's part of a config from our own, but for folders, what Hydra fills in itself,
+    and an installed launcher or sweeper with settings from the command line."""
+    choices = {key: value for key, value in hydra.runtime.choices.items() if value and plugin_of(key, "/")}
+    settings = [str(o.input_line) for o in overrides if is_plugin_setting(o, choices)]
+    expected = own_hydra(tuple(f"{key}={value}" for key, value in choices.items()), tuple(settings))
+    found = leaves(OmegaConf.to_container(hydra, resolve=False))
+    for key in [*found, *expected]:
+        free = key in MAY_DIFFER or key.startswith(FILLED_BY_HYDRA)
+        if not free and (key not in found or key not in expected or found[key] != expected[key]):
+            known = "settings of a launcher or sweeper come from the command line, and only with one that is installed"
+            hint = known if plugin_of(key, ".") else f"may be set: {', '.join(MAY_DIFFER)}"
+            raise ConfigError(f"{key}={found.get(key)!r}: is Hydra's own and may not be changed ({hint})")
+
+
+def plugin_of(key: str, separator: str) -> str | None:
+    """`hydra/launcher` for a key or a group of the launcher's, the same for the sweeper, else None."""
+    parts = key.split(separator)
+    return "/".join(parts[:2]) if len(parts) > 1 and parts[0] == "hydra" and parts[1] in PLUGINS else None
+
+
+def is_plugin_setting(override: Override, choices: Mapping[str, str]) -> bool:
+    """Whether an override is a plain setting of a chosen launcher or sweeper: nothing in it can name code."""
+    plugin = plugin_of(str(override.key_or_group), ".")
+    if plugin is None or choices.get(plugin) == "basic" or "${" in str(override.input_line):
+        return False
+    keys = [*str(override.key_or_group).split("."), *(key for _, node in nodes(override.value(), "") for key in node)]
+    return not any(str(key).startswith("_") for key in keys)
+
+
+@cache
+def own_hydra(choices: tuple[str, ...], settings: tuple[str, ...]) -> dict[str, Any]:
+    """The leaves of Hydra's part of configs/train.yaml, with the launcher and the sweeper as installed."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        own = hydra_compose("train", return_hydra_config=True).hydra
+    with initialize(None, version_base="1.3"):  # no folder of ours: only what Hydra and installed plugins bring
+        installed = hydra_compose(None, [*choices, *settings], return_hydra_config=True).hydra
+    tree: Any = OmegaConf.to_container(own, resolve=False)
+    return leaves(tree | {name: OmegaConf.to_container(installed[name], resolve=False) for name in PLUGINS})
+
+
+def leaves(hydra: Any) -> dict[str, Any]:
+    """Every value of Hydra's part that is no mapping, by its dotted path; lists are whole."""
+    return {
+        f"{path}.{key}": value
+        for path, node in nodes(hydra, "hydra")
+        for key, value in node.items()
+        if not isinstance(value, Mapping)
+    }
 
 
 def nodes(tree: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -207,17 +291,27 @@ def check_settings(path: str, node: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}{name}: no such setting{nearest(name, declared)}")
         composed_here = isinstance(value, Mapping) and ("_target_" in value or name in GROUPS_OF_MANY)
         if not composed_here and not fits(value, hints[name]):
-            raise ConfigError(f"{where}{name}={value!r}: needs {type_in_words(hints[name])}")
+            which = "" if finite(value) else ", and a finite one"
+            raise ConfigError(f"{where}{name}={value!r}: needs {type_in_words(hints[name])}{which}")
     for name, field in declared.items():
         if name not in node and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: needs a value; add {where}{name}=...")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is of the declared type; a bool is no number."""
+    """Whether a value from YAML is of the declared type; a bool is no number, and a number is finite."""
     if isinstance(value, bool):
         return hint is bool or bool in typing.get_args(hint)
-    return bool(is_bearable(value, hint, conf=NUMBERS))
+    return finite(value) and bool(is_bearable(value, hint, conf=NUMBERS))
+
+
+def finite(value: Any) -> bool:
+    """Whether neither infinity nor NaN is in a value, however deep."""
+    if isinstance(value, Mapping):
+        return all(map(finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def type_in_words(hint: Any) -> str:
@@ -242,10 +336,8 @@ def points(overrides: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     Raises:
         ConfigError: an override that does not parse, or a kind of sweep that needs a sweeper of its own.
     """
-    try:
+    with errors_explained():
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(explain(error)) from error
     grid: list[list[str]] = [[]]
     varied = []
     for override in parsed:

@@ -1,4 +1,4 @@
-"""What train.py does around Hydra: judge the command before anything starts, and turn mistakes into one line."""
+"""What niwaki/train.py does around Hydra: judge the command before anything starts, and turn mistakes into one line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from niwaki.study import Point, quoted, run_study
 def checked(arguments: list[str]) -> list[str]:
     """The arguments to hand to Hydra, after a look at everything that they ask for. A sweep with Hydra's own launcher
     is run here, as a study, and does not return."""
-    command = compose.parse(arguments)
-    if command.passes_through:
-        return arguments
-    debug = any(override.lower() == "debug=true" for override in command.overrides)
-    return one_line(lambda: judged(arguments, command), debug=debug)
+    debug = any(word.lower() == "debug=true" for word in arguments)
+    return one_line(lambda: judged(arguments), debug=debug)
 
 
-def judged(arguments: list[str], command: compose.Command) -> list[str]:
+def judged(arguments: list[str]) -> list[str]:
     """`checked`, with UserErrors."""
+    command = compose.parse(arguments)
+    if command.asks:
+        compose.check_query(command.overrides)
+        return arguments
     resumed = [override for override in command.overrides if override.startswith("resume=")]
     if resumed:
         config, folder = read_resumed(command.overrides)
@@ -41,9 +42,15 @@ def judged(arguments: list[str], command: compose.Command) -> list[str]:
             raise ConfigError(
                 f"{varied[0]}: several values need -m (a multirun); a list is written as '{varied[0]}=[a,b]'"
             )
+        if not composed[0].plain_launch:
+            raise ConfigError(
+                "hydra/launcher, hydra/sweeper: have no effect on a single run; add -m, or leave them out"
+            )
         make_writable(composed[0].folder)
         return [*arguments, "hydra.run.dir=" + quoted(composed[0].folder)]
     if not composed[0].plain_launch:
+        if not all(recipe.study for recipe in recipes):
+            raise ConfigError("study=None: a launcher or sweeper of Hydra needs a folder for its runs; add study=NAME")
         return arguments
     folder = composed[0].sweep_folder if recipes[0].study else composed[0].folder
     swept = [tuple(o for o in point if o.partition("=")[0] in varied) for point in points]
@@ -51,7 +58,7 @@ def judged(arguments: list[str], command: compose.Command) -> list[str]:
         Point(overrides=tuple(point), config=one.config, swept=what)
         for point, one, what in zip(points, composed, swept, strict=True)
     ]
-    sys.exit(run_study(study, folder, [sys.executable, str(Path(sys.argv[0]).resolve())]))
+    sys.exit(run_study(study, folder, [sys.executable, "-P", "-m", "niwaki.train"]))
 
 
 def read_resumed(overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:

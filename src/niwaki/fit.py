@@ -11,12 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from niwaki.callbacks import CallbackSettings, Clock, Interruption, LastValidation, Watch
+from niwaki.callbacks import BestCheckpoint, CallbackSettings, Clock, Interruption, LastValidation, Watch
 from niwaki.data.corpus import Corpus
 from niwaki.edits import Edit
 from niwaki.logger import LoggerSettings
 from niwaki.measure.size import peak_memory_mb
 from niwaki.module import DivergedError, Learner
+from niwaki.quiet import quiet_loggers
 from niwaki.recipe import Recipe
 from niwaki.stage import Context, Effects, Term
 
@@ -70,9 +71,10 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
     """Train the model in place; leaves it with the best settled weights where the checkpoint callback keeps them.
 
     Raises:
-        DivergedError: the loss is not finite; the last good checkpoint is kept and named.
+        DivergedError: the loss or a weight is not finite; the last good checkpoint is kept and named.
         StoppedError: asked to stop by a signal; a checkpoint was saved.
     """
+    quiet_loggers()
     checkpoints, model = folder / "checkpoints", work.model
     learner = Learner(
         model, task=recipe.task, labels=corpus.labels, optimizer=recipe.optimizer, schedule=recipe.schedule,
@@ -88,13 +90,16 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
     batches = corpus.training(rank, world), corpus.evaluation("validation", rank, world)
     start = str(last) if resume and last.is_file() else None
     model.train()
+    if recipe.trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
         if work.context.steps:
             trainer.fit(learner, *batches, ckpt_path=start, weights_only=True if start else None)
+            learner.check_weights()
     except DivergedError as error:
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
         raise DivergedError(f"{error}; {kept}; try a lower optimizer.lr") from error
-    if (checkpoints / "best.ckpt").is_file() and any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks):
+    if (checkpoints / "best.ckpt").is_file() and any(isinstance(c, BestCheckpoint) for c in callbacks):
         best = torch.load(checkpoints / "best.ckpt", weights_only=True, map_location="cpu")
         learner.load_state_dict(best["state_dict"])
     return Fitted(clock.seconds, trainer.global_step, trainable, peak_memory_mb(), folder, logger, recipe.logger)
@@ -107,4 +112,4 @@ def callbacks_of(recipe: Recipe, work: Work, checkpoints: Path, logged: bool) ->
     found = list(work.callbacks)
     for settings in recipe.callbacks.values():
         found += settings.build(watch) if isinstance(settings, CallbackSettings) else [settings]
-    return [*found, LastValidation(), Interruption(checkpoints / "last.ckpt", hint)]
+    return [*found, LastValidation(work.context.steps), Interruption(checkpoints / "last.ckpt", hint)]

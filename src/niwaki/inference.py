@@ -64,7 +64,7 @@ def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float
 
     from niwaki.measure.evaluate import evaluate
 
-    rows = source.rows(saved.task.needs)
+    rows = source.rows(Needs(required=saved.columns) if saved.columns else saved.task.needs)
     check_labels(rows, saved.labels, str(source.train))
     features = Dataset.from_dict(saved.task.encode(rows[:], saved.tokenizer, saved.labels))
     corpus = Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0)
@@ -87,14 +87,37 @@ def check_labels(rows: Dataset, known: tuple[str, ...], origin: str) -> None:
 
 
 def answers(saved: artifact.Artifact, rows: Iterable[Row], batch_size: int) -> Iterator[dict[str, Any]]:
-    """What the artifact says of each row, in order, as soon as a batch of rows has come."""
+    """What the artifact says of each row, in order, as soon as a batch of rows has come.
+
+    Raises:
+        DataError: a row lacks a column that the artifact was trained on.
+    """
     import torch
 
     iterator = iter(rows)
-    while batch := list(islice(iterator, batch_size)):
+    while batch := [like_trained(row, saved) for row in islice(iterator, batch_size)]:
         with torch.inference_mode():
             found = list(saved.task.answers(saved.model, saved.tokenizer, saved.labels, batch))
         yield from found
+
+
+def like_trained(row: Row, saved: artifact.Artifact) -> Row:
+    """The row with those optional columns that the artifact was trained on; all of them where that is not known.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
+    if not saved.columns:
+        return row
+    for column in saved.task.needs.optional:
+        if column in saved.columns and column not in row:
+            raise DataError(
+                f"text {row.get('text', '')[:40]!r}: has no {column}, which the artifact was trained on; give a file "
+                f"with a column {column}, or name it with --column {column}=..."
+            )
+    return {
+        name: value for name, value in row.items() if name not in saved.task.needs.optional or name in saved.columns
+    }
 
 
 def text_rows(lines: Iterable[str], origin: str) -> Iterator[Row]:

@@ -22,6 +22,30 @@ class DivergedError(UserError):
     """The loss is no longer a finite number."""
 
 
+class Finite:
+    """Refuses a loss that is not finite: at once on the CPU; on a GPU at the step after it, since to wait for a loss
+    there would empty the queue of kernels at every step. The weights are checked before anything is saved."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Tensor, Any] | None = None
+
+    def check(self, loss: Tensor, step: int) -> None:
+        """Look at the loss of optimizer step `step`, or at the one before it."""
+        if not loss.is_cuda:
+            return self._refuse(step, loss)
+        due, host = self._pending, loss.detach().to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending = step, host, copied
+        if due is not None:
+            due[2].synchronize()
+            self._refuse(*due[:2])
+
+    def _refuse(self, step: int, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the loss is {loss.item()} at optimizer step {step}")
+
+
 class Learner(pl.LightningModule):
     """loss = task_weight * the task's own + the sum of every stage's terms."""
 
@@ -38,6 +62,7 @@ class Learner(pl.LightningModule):
         self.steps = steps
         self.terms = terms  # plain callables: a teacher is no child, so no checkpoint holds it
         self.task_weight = task_weight
+        self._finite = Finite()
         self._stored_randomness: dict[str, Any] | None = None
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -45,8 +70,7 @@ class Learner(pl.LightningModule):
         own = self.task.loss(outputs, batch, smoothing=self.task.label_smoothing)
         parts = {name: term(outputs, batch) for name, term in self.terms.items()}
         loss = self.task_weight * own + sum(parts.values())
-        if not torch.isfinite(loss):
-            raise DivergedError(f"the loss is {loss.item()} at optimizer step {self.global_step}")
+        self._finite.check(loss, self.global_step)
         self.log("train/loss", loss.detach(), prog_bar=True)
         if parts:
             self.log_dict({f"train/{name}": value.detach() for name, value in {"task": own, **parts}.items()})
@@ -73,9 +97,13 @@ class Learner(pl.LightningModule):
         scheduler = self.schedule.build(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def check_weights(self) -> None:
+        """Raise DivergedError where a weight that learns is not finite."""
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
             raise DivergedError(f"the weights are not finite after optimizer step {self.global_step}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_weights()
         of_numpy: Any = numpy.random.get_state()
         checkpoint["randomness"] = {
             "python": list(random.getstate()[1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,9 @@ class OptimizerSettings(abc.ABC):
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ConfigError(f"optimizer.lr={self.lr}: needs a number above 0")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: needs a number of at least 0")
 
     def build(self, model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
@@ -44,6 +45,14 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in parted if group["params"]]
 
 
+def check_moments(betas: Sequence[float], eps: float) -> None:
+    """Raise ConfigError unless these can be Adam's."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optimizer.betas={list(betas)}: needs two numbers in 0..1, below 1")
+    if not 0 < eps < math.inf:
+        raise ConfigError(f"optimizer.eps={eps}: needs a number above 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdamW(OptimizerSettings):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101); the fused implementation."""
@@ -51,6 +60,10 @@ class AdamW(OptimizerSettings):
     lr: float = 5e-5
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_moments(self.betas, self.eps)
 
     def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)  # type: ignore[arg-type]
@@ -65,6 +78,10 @@ class Adam(OptimizerSettings):
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_moments(self.betas, self.eps)
+
     def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)  # type: ignore[arg-type]
 
@@ -76,6 +93,11 @@ class SGD(OptimizerSettings):
     lr: float = 0.01
     weight_decay: float = 0.0
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optimizer.momentum={self.momentum}: needs a number in 0..1, below 1")
 
     def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=fused)

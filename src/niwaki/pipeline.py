@@ -16,7 +16,7 @@ from niwaki.data.corpus import Corpus
 from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import load_teacher
+from niwaki.model.teacher import Taught, check_teacher, load_teacher
 from niwaki.recipe import Recipe
 from niwaki.stage import Context, Phase, Stage, refuse_conflicts
 from niwaki.weights import fold
@@ -46,7 +46,7 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     fold_and_convert(recipe, work)
     artifact.save(
         folder / "model", model=model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
-        base_config=work.base_config, edits=work.edits,
+        base_config=work.base_config, edits=work.edits, columns=corpus.columns,
     )  # fmt: skip
     metrics = sides.compare(recipe, corpus, model, folder, before, fitted.facts(), list(work.context.targets))
     sides.write(folder, metrics, config)
@@ -71,10 +71,15 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
 
 
 def check_on_empty_model(recipe: Recipe, corpus: Corpus) -> None:
-    """Let every stage look at a model of the right shapes without weights, before weights are loaded."""
+    """Let the task and every stage look at a model of the right shapes without weights, and at what teachers say of
+    themselves, before weights are loaded."""
     anatomy = Anatomy.of(recipe.model.empty(recipe.task, corpus.labels))
+    recipe.task.check(anatomy)
+    vocabulary = corpus.tokenizer.get_vocab()
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
+        for field, place in stage.teachers().items() if isinstance(stage, Taught) else ():
+            check_teacher(place, recipe.task, corpus.labels, vocabulary, field)
 
 
 def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
@@ -87,7 +92,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         seed=recipe.seed,
         head_learns=recipe.task.head_learns,
         predictions=recipe.task.predictions,
-        load_teacher=lambda place: load_teacher(place, recipe.task, corpus.labels, vocabulary),
+        load_teacher=lambda place, field: load_teacher(place, recipe.task, corpus.labels, vocabulary, field),
     )
 
 

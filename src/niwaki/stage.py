@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +38,13 @@ class Phase(enum.IntEnum):
         return Phase.PRUNE <= self <= Phase.QUANTIZE
 
 
+ONE_OF_A_KIND = {
+    Phase.PRUNE: "each draws its own mask of the weights",
+    Phase.SHARE: "each gathers the weights into its own shared values",
+    Phase.QUANTIZE: "each puts the weights on its own grid",
+}
+
+
 @dataclass
 class Context:
     """What a stage may use of the run; it never sees the task, the data or the other methods."""
@@ -47,7 +55,7 @@ class Context:
     seed: int
     head_learns: bool  # the head is new, so every tuning trains it
     predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
-    load_teacher: Callable[[str], nn.Module]  # hub name, folder or artifact -> model of the same task
+    load_teacher: Callable[[str, str], nn.Module]  # (hub name, folder or artifact; field) -> model of the same task
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
 
 
@@ -112,7 +120,16 @@ def ordered(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def refuse_conflicts(stages: Sequence[Stage]) -> None:
-    """Raise ConfigError, naming both methods and the reason, for the first pair that cannot be combined."""
+    """Raise ConfigError, naming both methods and the reason, for the first pair that cannot be combined: two of one
+    method, two that act on the weights in one phase, or a method with one that its `conflict` names."""
+    for first, second in itertools.combinations(ordered(stages), 2):
+        if first.name == second.name:
+            raise ConfigError(
+                f"compression: {first.name} and {second.name}: one method works once in a run; leave one out"
+            )
+        if first.phase is second.phase and first.phase in ONE_OF_A_KIND:
+            why = ONE_OF_A_KIND[first.phase]
+            raise ConfigError(f"compression: {first.name} and {second.name}: {why}; choose one")
     for stage in stages:
         others = [other for other in stages if other is not stage]
         if reason := stage.conflict(others):

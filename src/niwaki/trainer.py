@@ -40,28 +40,29 @@ class TrainerSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("max_epochs", 0), ("accumulate", 1), ("log_every", 1)):
+        for name, least in (("max_epochs", 0), ("accumulate", 1), ("log_every", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"trainer.{name}={getattr(self, name)}: needs a whole number of at least {least}")
         for name in ("max_steps", "validate_every", "limit_validation_batches", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"trainer.{name}={getattr(self, name)}: needs null or a whole number of at least 1")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        if self.gradient_clip is not None and not 0 < self.gradient_clip < math.inf:
             raise ConfigError(f"trainer.gradient_clip={self.gradient_clip}: needs null or a number above 0")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.precision!r}: needs one of {', '.join(PRECISIONS)}")
         if self.accelerator not in ("cpu", "gpu"):
             raise ConfigError(f"trainer.accelerator={self.accelerator!r}: needs cpu or gpu")
+        if self.devices != 1:
+            raise ConfigError(f"trainer.devices={self.devices}: needs 1; this version runs on one device")
+        if self.precision == "fp16" and self.accelerator == "cpu":
+            raise ConfigError("trainer.precision='fp16': needs auto, fp32 or bf16 on a CPU; fp16 needs trainer=gpu")
 
     def prepare(self) -> None:
         """Set the threads; raise ConfigError where this machine cannot run the fit."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        if self.accelerator == "gpu" and torch.cuda.device_count() < self.devices:
-            found = torch.cuda.device_count()
-            raise ConfigError(
-                f"trainer.accelerator=gpu, devices={self.devices}: this machine has {found}; use trainer=cpu"
-            )
+        if self.accelerator == "gpu" and not torch.cuda.device_count():
+            raise ConfigError("trainer.accelerator='gpu': this machine has none that can be used; use trainer=cpu")
 
     @property
     def device(self) -> torch.device:

@@ -6,8 +6,8 @@ W_effective = quantize( share( prune( W + delta_tuning ) ) )
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ class Link(nn.Module, abc.ABC):
         return {}
 
 
-L = TypeVar("L", bound=Link)
-
-
 def stack(linear: nn.Linear, link: Link) -> None:
     """Put `link` on top of the chain of `linear`; the phases along a chain must rise."""
     present = [existing.phase for existing in links(linear)]
@@ -43,11 +40,6 @@ def links(linear: nn.Module) -> list[Link]:
     """The chain of `linear`, base first."""
     chains: Any = getattr(linear, "parametrizations", {})
     return list(chains["weight"]) if "weight" in chains else []
-
-
-def find(linear: nn.Module, kind: type[L]) -> L | None:
-    """The link of this kind on `linear`."""
-    return next((link for link in links(linear) if isinstance(link, kind)), None)
 
 
 def entering(linear: nn.Module, link: Link) -> Tensor:
@@ -88,10 +80,3 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where `name` stands."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear below `module`, with its name."""
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            yield name, child

@@ -7,6 +7,7 @@ import torch
 
 from niwaki.callbacks import Interruption
 from niwaki.data.batches import Batches
+from niwaki.data.corpus import Corpus
 from niwaki.errors import ConfigError
 from niwaki.measure import bench
 
@@ -39,7 +40,7 @@ def test_both_loops_make_the_same_steps(composed):
     _, learner, turns = bench.bench_step(
         *composed("optimizer.lr=0.01", "trainer.gradient_clip=0.05"), steps=3, blocks=2
     )
-    turns.bare.step(turns.batches[0])  # the fit made one more, to end its last block
+    turns.bare.step(turns.batches[-1])  # the fit made one more, to end its last block
     ours = learner.model.state_dict()
     for name, tensor in turns.bare.model.state_dict().items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
@@ -111,8 +112,61 @@ def test_an_epoch_is_timed_on_the_same_rows_for_both(composed, monkeypatch):
 
     monkeypatch.setattr(Trainer, "train", train)
     monkeypatch.setattr(Batches, "__iter__", iterate)
-    result = bench.bench_epoch(*composed())
+    result = bench.bench_epoch(*composed(), rounds=1)
     assert served == {"theirs": (48, 4, 1), "ours": 48}
+    assert (result["precision"], result["hugging_face_precision"]) == ("32-true", "32-true")
     assert result["rows"] == 48
     assert result["hugging_face_seconds"] > 0.3
     assert result["ratio"] == pytest.approx(result["ours_seconds"] / result["hugging_face_seconds"])
+
+
+def test_the_sides_take_turns_to_be_first(composed, monkeypatch):
+    order = []
+    times = iter((1.0, 4.0, 5.0, 2.0))
+
+    def epoch(side, answer):
+        return lambda *_: order.append(side) or answer(next(times))
+
+    monkeypatch.setattr(bench, "our_epoch", epoch("ours", lambda seconds: seconds))
+    monkeypatch.setattr(bench, "hugging_face_epoch", epoch("theirs", lambda seconds: (seconds, "32-true")))
+    result = bench.bench_epoch(*composed(), rounds=2)
+    assert order == ["ours", "theirs", "theirs", "ours"]
+    assert result["rounds"] == [[1.0, 4.0], [2.0, 5.0]]
+    assert (result["ours_seconds"], result["hugging_face_seconds"]) == (1.5, 4.5)
+
+
+def test_our_loader_is_in_our_time_alone(composed, monkeypatch):
+    kept = Corpus._collate
+
+    def slow(self, rows):
+        time.sleep(0.1)
+        return kept(self, rows)
+
+    monkeypatch.setattr(Corpus, "_collate", slow)
+    result, _, _ = bench.bench_step(*composed(), steps=2, blocks=2)
+    assert result["ours_ms"] - result["bare_ms"] > 80
+
+
+def test_more_steps_than_an_epoch_has(composed):
+    _, learner, turns = bench.bench_step(*composed(), steps=8, blocks=2)  # 12 batches an epoch
+    assert learner.trainer.global_step == len(turns.batches) == 25
+    first, second = ({tuple(b["input_ids"].flatten().tolist()) for b in turns.batches[i : i + 12]} for i in (0, 12))
+    assert first != second
+
+
+def test_the_command_times_whole_files(file, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        bench, "bench_step", lambda *_, **__: ({"ours_ms": 1, "bare_ms": 1, "ratio": 1, "precision": "32-true"}, 0, 0)
+    )
+    monkeypatch.setattr(bench, "composed", lambda *overrides: asked.append(overrides) or ("recipe", {}))
+    facts = {"rows": 60, "precision": "bf16-mixed", "hugging_face_precision": "32-true"}
+    seconds = {"ours_seconds": 1, "hugging_face_seconds": 2, "ratio": 0.5}
+    monkeypatch.setattr(bench, "bench_epoch", lambda *_, rounds: facts | seconds)
+    bench.main(steps=1, blocks=1, batch_size=4, precision="auto", trainer=file, validation=file, test=file, rounds=1)
+    assert asked[1] == ("data=files", *(f"data.{split}='{file}'" for split in ("train", "validation", "test")))
+    said = capsys.readouterr().out
+    assert "epoch of 60 rows" in said
+    assert "1.0 s in bf16-mixed, Hugging Face's Trainer 2.0 s in 32-true" in said
+    with pytest.raises(ConfigError, match="--test: belongs to an epoch"):
+        bench.main(steps=1, blocks=1, batch_size=4, precision="auto", test=file)

@@ -90,8 +90,8 @@ def test_a_run_is_not_searched_for_runs_within(tmp_path, write):
 
 def test_default_rows_are_what_differs_but_no_seed_or_place(study):
     table = tabulate(gather([study]))
-    assert table.rows == ("tuning",)  # compression goes along with it
-    assert [group.key for group in table.groups] == [("full",), ("lora",)]
+    assert table.rows == ("tuning", "compression")  # each axis, though compression goes along with tuning here
+    assert [group.key for group in table.groups] == [("full", "[]"), ("lora", "[prune/magnitude,quantize/qat]")]
     assert table.metrics[0] == "after.test.accuracy"
 
 
@@ -101,6 +101,19 @@ def test_default_rows_name_a_setting_within_one_method(tmp_path, write):
     table = tabulate(gather([tmp_path]))
     assert table.rows == ("compression_.sparsity",)
     assert [group.key for group in table.groups] == [("0.25",), ("0.5",), ("0.9",)]
+
+
+def test_default_rows_have_every_axis_and_only_then_other_settings(tmp_path, write):
+    for tuning, compression, rate in (("full", [], 1), ("lora", ["prune/magnitude"], 2), ("lora", [], 3)):
+        write(f"{tuning}{rate}", tuning=tuning, compression=compression, first={"lr": rate}, second={"lr": rate})
+    assert tabulate(gather([tmp_path])).rows == ("tuning", "compression")
+    write("other", tuning="lora", first={"lr": 4}, second={"lr": 4})
+    assert tabulate(gather([tmp_path])).rows == ("tuning", "compression", "first.lr")
+
+
+@pytest.mark.parametrize("baseline", ["tuning=full,compression=[]", "compression=[],tuning=full"])
+def test_a_baseline_may_name_any_axis_that_varies(study, baseline):
+    assert tabulate(gather([study]), baseline=baseline).baseline == ("full", "[]")
 
 
 def test_default_rows_of_equal_runs(tmp_path, write):
@@ -174,7 +187,7 @@ def test_baseline_of_one_method_needs_no_brackets(tmp_path, write):
         ({"rows": ["tunnig"]}, "rows: no run has 'tunnig'; did you mean tuning?"),
         ({"metrics": ["after.test.acuracy"]}, "did you mean after.test.accuracy?"),
         ({"metrics": ["accuracy"]}, "did you mean after.test.accuracy?"),
-        ({"baseline": "tuning=half"}, "names no row, there are: tuning=full; tuning=lora"),
+        ({"rows": ["tuning"], "baseline": "tuning=half"}, "names no row, there are: tuning=full; tuning=lora"),
         ({"baseline": "tunin=full"}, "did you mean tuning?"),
         ({"baseline": "full"}, "'full' is not key=value"),
         (
@@ -230,7 +243,7 @@ def test_unfinished_runs_are_listed(study, capsys):
     report_command([study], output=study / "out")
     said = capsys.readouterr().out
     assert f"not finished, left out: {study / 'lora0'}" in said
-    assert "| lora | 2 |" in said
+    assert "| lora | [prune/magnitude,quantize/qat] | 2 |" in said
     assert said.strip() in (study / "out" / "report.md").read_text()
     assert (study / "out" / "report.png").stat().st_size > 5000
 
@@ -265,7 +278,7 @@ def scatters(monkeypatch):
 def test_picture_has_a_point_a_row(study, scatters):
     to_picture(gather([study]), study / "p.png", x="after.throughput", y="after.test.loss")
     (points, path, named) = scatters[0]
-    assert [spot.label for spot in points] == ["full", "lora"]
+    assert [spot.label for spot in points] == ["full, no compression", "lora, prune/magnitude + quantize/qat"]
     assert path == study / "p.png"
     assert named == {
         "x": "after.throughput",

@@ -168,6 +168,7 @@ def test_report_says_what_was_run_and_how(tmp_path, metrics):
     assert "| bits | 2 | 4 | 5 | 8 |" in text
     assert "| `layer.1.query` | 300 | 60.00% | 4 |" in text
     assert "50 (5.00% of 1,000)" in text
+    assert "| peak memory (GPU: of the fit; CPU: of the whole process) | 1,234 MB |" in text
     assert "a machine, 2 threads. torch 2.13.0" in text
     assert "## Classes" not in text
 

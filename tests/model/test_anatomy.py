@@ -118,3 +118,32 @@ def test_a_cut_language_model_still_writes(setting: Callable[..., Any]) -> None:
 def test_blocks_that_are_not_there(setting: Callable[..., Any], indices: list[int]) -> None:
     with pytest.raises(ConfigError, match=r"^model\.layers=.* needs different layer numbers in 0\.\.2"):
         Anatomy.of(setting().model).keep_blocks(indices)
+
+
+def test_who_reads_from_left_to_right(setting: Callable[..., Any]) -> None:
+    anatomies = {family: anatomy_of(setting, family, "causal_lm") for family in ("bert", "llama")}
+    for family, anatomy in anatomies.items():
+        ids = torch.randint(5, 60, (1, 6), generator=torch.Generator().manual_seed(0))
+        other = ids.clone()
+        other[0, -1] += 1
+        with torch.no_grad():
+            first, second = (anatomy.model.eval()(input_ids=one).logits[0, :-1] for one in (ids, other))
+        assert anatomy.causal is (family == "llama") is torch.equal(first, second)
+    anatomies["bert"].model.config.is_decoder = True  # type: ignore[union-attr]
+    assert anatomies["bert"].causal
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_positions_are_what_the_model_can_read(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(
+        kind, vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=20, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config)
+    count = Anatomy.of(model).positions
+    assert count == {"bert": 20, "roberta": 18}[kind]
+    model(input_ids=torch.full((1, count), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, count + 1), 5))

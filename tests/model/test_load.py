@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from niwaki import artifact
 from niwaki.errors import ConfigError
 from niwaki.model.load import KeepBlocks, Pretrained, dropouts
 from niwaki.model.tiny import Tiny
+from niwaki.task.causal_lm import CausalLM
 
 
 @pytest.fixture
@@ -126,3 +129,91 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot be loaded") as caught:
             load()
         assert "\n" not in str(caught.value)
+
+
+def test_a_name_inside_of_a_package_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "intruder_package" / "sub").mkdir(parents=True)
+    (tmp_path / "intruder_package" / "__init__.py").write_text("raise RuntimeError('was run')")
+    (tmp_path / "intruder_package" / "sub" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.name='package:intruder_package\.sub/x': needs package:NAME/FOLDER"):
+        _ = Pretrained(name="package:intruder_package.sub/x").place
+
+
+@pytest.fixture(params=["hugging face", "artifact"])
+def source(request: pytest.FixtureRequest, setting: Callable[..., Any], folder: Path, tmp_path: Path) -> Path:
+    """The same tiny classifier in either kind of folder."""
+    if request.param == "hugging face":
+        return folder
+    one = setting()
+    artifact.save(
+        tmp_path / "artifact", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=one.model.config.to_dict(), edits=[],
+    )  # fmt: skip
+    return tmp_path / "artifact"
+
+
+@pytest.mark.parametrize("labels", [("maybe", "no", "yes"), ("a", "b")])
+@pytest.mark.parametrize(
+    ("overrides", "lacking"),
+    [
+        ({"intermediate_size": 48}, r"bert\.encoder\.layer\.0\.intermediate\.dense\.weight"),
+        ({"num_hidden_layers": 4}, r"bert\.encoder\.layer\.3\.attention\.self\.query\.weight"),
+        ({"max_position_embeddings": 600}, r"bert\.embeddings\.position_embeddings\.weight"),
+    ],
+)
+def test_a_backbone_is_never_random(
+    source: Path, setting: Callable[..., Any], overrides: dict[str, int], lacking: str, labels: tuple[str, ...]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^model\.name=.*: has no weights that fit {lacking}, which would stay"
+    ) as said:
+        Pretrained(name=str(source), overrides=overrides).load(setting().task, labels, 0)
+    assert "\n" not in str(said.value)
+
+
+def test_a_head_that_does_not_learn_is_never_random(source: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no weights that fit cls\.predictions.*made for causal_lm"):
+        Pretrained(name=str(source)).load(CausalLM(), (), 0)
+
+
+def test_a_pooler_that_is_not_there_is_new(setting: Callable[..., Any], tmp_path: Path) -> None:
+    tagger = setting("bert", "ner")
+    tagger.model.save_pretrained(tmp_path / "tagger")
+    tagger.tokenizer.save_pretrained(tmp_path / "tagger")
+    model = Pretrained(name=str(tmp_path / "tagger")).load(setting().task, ("a", "b"), 0)
+    name = "embeddings.word_embeddings.weight"
+    assert torch.equal(model.bert.get_parameter(name), tagger.model.bert.get_parameter(name))
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_a_model_without_a_padding_token_gets_the_tokenizers(
+    setting: Callable[..., Any], tmp_path: Path, tiny: bool
+) -> None:
+    one = setting("llama")
+    spec: Pretrained = Tiny(name="llama", overrides={"pad_token_id": None})
+    assert spec.config().pad_token_id is None
+    if not tiny:
+        bare = one.model
+        bare.config.pad_token_id = None
+        bare.save_pretrained(tmp_path / "llama")
+        one.tokenizer.save_pretrained(tmp_path / "llama")
+        spec = Pretrained(name=str(tmp_path / "llama"))
+    one.model = spec.load(one.task, one.labels, 0)
+    assert one.model.config.pad_token_id == one.tokenizer.pad_token_id
+    assert one.model.get_input_embeddings().padding_idx is None  # its row learns
+    rows = {"text": ["a pine", "the old garden tree"], "label": ["yes", "no"]}
+    with torch.no_grad():
+        both = one.model(**one.task.inputs(one.batch(rows))).logits
+        alone = one.model(**one.task.inputs(one.batch({key: values[:1] for key, values in rows.items()}))).logits
+    assert torch.allclose(both[:1], alone, atol=1e-5)
+
+
+def test_a_tokenizer_that_can_pad_with_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Pretrained(name=str(folder), overrides={"pad_token_id": None})
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({n: v for n, v in settings.items() if n not in ("pad_token", "eos_token")})
+    )
+    with pytest.raises(ConfigError, match="neither a padding token nor an end token"):
+        spec.tokenizer()

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from niwaki import artifact
 from niwaki.errors import ConfigError
-from niwaki.model.teacher import load_teacher
+from niwaki.model.teacher import check_teacher, load_teacher
+
+FIELD = "compression.some_method.teacher"
 
 
 @pytest.fixture
@@ -39,14 +42,19 @@ def test_a_teacher_says_what_the_saved_model_says(
     setting: Callable[..., Any], place: Callable[..., str], family: str, task: str, plain: bool
 ) -> None:
     one = setting(family, task, seed=3)
-    teacher = load_teacher(place(one, plain=plain), one.task, one.labels, one.tokenizer.get_vocab())
+    teacher = load_teacher(place(one, plain=plain), one.task, one.labels, one.tokenizer.get_vocab(), FIELD)
     assert torch.equal(one.logits(teacher), one.logits())
 
 
-def refused(place: str, one: Any, vocabulary: dict[str, int] | None = None) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_teacher(place, one.task, one.labels, vocabulary or one.tokenizer.get_vocab())
-    assert str(caught.value).startswith(f"compression.logits.teacher={place!r}: ")
+def refused(place: str, one: Any, vocabulary: dict[str, int] | None = None, look: Any = check_teacher) -> str:
+    """What is said of a teacher before any of its weights are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        if look is check_teacher:
+            patch.setattr(artifact, "load", lambda *_: pytest.fail("weights were read"))
+            patch.setattr(type(one.model), "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+        with pytest.raises(ConfigError) as caught:
+            look(place, one.task, one.labels, vocabulary or one.tokenizer.get_vocab(), FIELD)
+    assert str(caught.value).startswith(f"{FIELD}={place!r}: ")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -86,10 +94,20 @@ def test_no_trained_head(setting: Callable[..., Any], place: Callable[..., str],
     one = setting()
     one.model.base_model.save_pretrained(tmp_path / "bare")
     one.tokenizer.save_pretrained(tmp_path / "bare")
-    assert "has no trained head for the task classification (classifier." in refused(str(tmp_path / "bare"), one)
+    assert "is a BertModel; the task classification needs a BertForSequenceClassification" in refused(
+        str(tmp_path / "bare"), one
+    )
+
+
+def test_a_head_that_is_named_and_missing(setting: Callable[..., Any], place: Callable[..., str]) -> None:
+    one = setting()
+    where = place(one, plain=True)
+    state = {name: tensor.contiguous() for name, tensor in one.model.state_dict().items() if "classifier" not in name}
+    save_file(state, f"{where}/model.safetensors", metadata={"format": "pt"})
+    assert "has no trained head for the task classification (classifier." in refused(where, one, look=load_teacher)
 
 
 def test_a_place_that_is_not_there(setting: Callable[..., Any]) -> None:
     one = setting()
     with pytest.raises(ConfigError, match="there is no such folder"):
-        load_teacher("./nowhere", one.task, one.labels, one.tokenizer.get_vocab())
+        load_teacher("./nowhere", one.task, one.labels, one.tokenizer.get_vocab(), FIELD)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.errors import ConfigError
-from niwaki.task.causal_lm import CausalLM, documents
-from niwaki.task.task import IGNORED
+from niwaki.errors import ConfigError, DataError
+from niwaki.task import causal_lm
+from niwaki.task.causal_lm import CausalLM, aligned, documents
+from niwaki.task.task import IGNORED, Task
 
 TEXTS = ["a tree in the garden", "cut with care, and wait for the spring"]
 
@@ -119,3 +120,45 @@ def test_what_is_generated_is_the_greedy_continuation(setting: Callable[..., Any
 def test_refusal() -> None:
     with pytest.raises(ConfigError, match=r"^task\.max_new_tokens=0"):
         CausalLM(max_new_tokens=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mean_over_what_counts_without_picking_it(
+    setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, smoothing: float
+) -> None:
+    one = setting("llama", "causal_lm")
+    batch = one.batch()
+    assert not batch["attention_mask"].all()
+    outputs = SimpleNamespace(logits=torch.randn(*batch["labels"].shape, len(one.tokenizer)) * 3)
+    picked = Task.loss(one.task, outputs, batch, smoothing=smoothing)
+    monkeypatch.setattr(CausalLM, "counted", lambda *_: pytest.fail("the logits were copied"))
+    assert one.task.loss(outputs, batch, smoothing=smoothing).item() == pytest.approx(picked.item(), abs=1e-6)
+    one.task.scores(()).update(outputs, batch)
+    assert aligned(outputs, batch)[0].data_ptr() == outputs.logits.data_ptr()
+
+
+def test_documents_are_tokenised_together(setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = setting("llama", "causal_lm")
+    texts = ["a tree", "in", "the garden", "cut it\n", "with care"]
+    alone = [t for text in documents(texts) for t in (2, *one.tokenizer(text, add_special_tokens=False)["input_ids"])]
+    calls: list[list[str]] = []
+
+    class Counting:
+        bos_token_id = one.tokenizer.bos_token_id
+
+        def __call__(self, texts: list[str], **settings: Any) -> Any:
+            calls.append(texts)
+            return one.tokenizer(texts, **settings)
+
+    monkeypatch.setattr(causal_lm, "DOCUMENTS_AT_ONCE", 3)
+    assert CausalLM(max_length=100).encode({"text": texts}, Counting(), ())["input_ids"] == [alone]
+    assert calls == [["a tree", "in", "the garden"], ["cut it\nwith care"]]
+
+
+def test_a_text_that_leaves_no_room_is_refused(setting: Callable[..., Any]) -> None:
+    one = setting("llama", "causal_lm", overrides={"max_position_embeddings": 16})
+    one.task = CausalLM(max_length=8, max_new_tokens=6)
+    with torch.no_grad():
+        list(one.task.answers(one.model, one.tokenizer, (), [{"text": "a" * 9}]))
+        with pytest.raises(DataError, match=r"^text 'a{10}': its 11 tokens and the 6 to write .* than the 16 that"):
+            list(one.task.answers(one.model, one.tokenizer, (), [{"text": "a" * 10}]))

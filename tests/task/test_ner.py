@@ -158,3 +158,16 @@ def test_answers_are_those_of_the_logits(setting: Callable[..., Any]) -> None:
         found = list(one.task.answers(one.model, one.tokenizer, one.labels, rows))
     assert [[e["text"] for e in row["entities"]] for row in found] == [["Ada", "met"], [], ["x"]]
     assert all(0.9 < e["score"] <= 1 and e["entity"] == "PER" for row in found for e in row["entities"])
+
+
+def test_a_batch_leaves_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers: list[torch.Size] = []
+    tolist = torch.Tensor.tolist
+    rows = 20
+    scores = NER().scores(TAGS)
+    logits = torch.nn.functional.one_hot(torch.ones(rows, 3, dtype=torch.long), len(TAGS)).float()
+    batch = {"labels": torch.ones(rows, 3, dtype=torch.long), "cut": torch.full((rows, 1), IGNORED)}
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor.shape) or tolist(tensor))
+    scores.update(SimpleNamespace(logits=logits), batch)
+    assert transfers == [(2, rows, 3), (rows, 1)]
+    assert scores.compute()["f1"] == 1.0

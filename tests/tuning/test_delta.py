@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from niwaki.tuning.delta import Delta, adapters, inject, link, unload
-from niwaki.weights import entering, find, fold, links
+from niwaki.weights import entering, fold, links
 
 TARGETS = ["query", "value", "intermediate.dense"]
 
@@ -34,8 +34,8 @@ def test_the_link_is_what_peft_computes_beside(setting: Callable[..., Any]) -> N
     assert torch.allclose(one.logits(), beside, atol=1e-6)
     layer = next(layer for _, layer in adapters(one.model))
     base = layer.get_base_layer()
-    delta = find(base, Delta)
-    assert delta is not None
+    (delta,) = links(base)
+    assert isinstance(delta, Delta)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[index, union-attr]
     assert torch.allclose(base.weight - entering(base, delta), 2.0 * b @ a, atol=1e-6)
 
@@ -56,7 +56,9 @@ def test_the_link_makes_no_cycle_and_no_second_parameter(setting: Callable[..., 
     count = len(list(one.model.parameters()))
     link(one.model, context.targets)
     assert len(list(one.model.parameters())) == count
-    assert all(not list(find(x, Delta).parameters()) for x in context.targets.values() if find(x, Delta))  # type: ignore[union-attr]
+    found = [delta for linear in context.targets.values() for delta in links(linear)]
+    assert found
+    assert all(not list(delta.parameters()) for delta in found)
 
 
 @pytest.mark.parametrize("chained", ["none", "all", "some"])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import niwaki
 from niwaki.data.batches import Batches
@@ -29,6 +34,7 @@ class Corpus:
     labels: tuple[str, ...]
     features: Mapping[str, Dataset]
     seed: int
+    columns: tuple[str, ...] = ()  # of the rows
 
     @classmethod
     def read(cls, task: Task, source: Source, tokenizer: Any, seed: int) -> Corpus:
@@ -39,10 +45,10 @@ class Corpus:
         """
         splits = source.splits(task.needs, seed)
         labels = task.labels(splits)
-        key = f"{niwaki.__version__}\n{task!r}\n{labels}\n{tokenizer_hash(tokenizer)}"
+        key = f"{niwaki.__version__}\n{encoding_hash(task)}\n{labels}\n{tokenizer_hash(tokenizer)}"
         function = partial(task.encode, tokenizer=tokenizer, labels=labels)
         features = {name: encode(rows, function, key, whole=task.whole) for name, rows in splits.items()}
-        return cls(task, source, tokenizer, labels, features, seed)
+        return cls(task, source, tokenizer, labels, features, seed, tuple(splits["train"].column_names))
 
     def training(self, rank: int = 0, world: int = 1) -> Batches:
         """Shuffled batches of the training split."""
@@ -54,8 +60,9 @@ class Corpus:
 
     def samples(self, split: str, size: int, count: int) -> list[dict[str, Any]]:
         """`count` batches of `size` rows, in the order of a seeded shuffle: the lengths are those of the data."""
-        rows = self.features[split].shuffle(seed=self.seed)
-        rows = rows.select(range(min(len(rows), size * count)))
+        order = np.random.default_rng(self.seed).permutation(len(self.features[split]))
+        # In memory: the features are a file of the cache, beside which their order would be written.
+        rows = self.features[split].select(order[: size * count], keep_in_memory=True)
         return [self._collate(list(part)) for part in chunks(list(rows), size) if len(part) == min(size, len(rows))]
 
     def _batches(self, split: str, size: int, seed: int | None, rank: int, world: int) -> Batches:
@@ -79,6 +86,18 @@ def chunks(rows: list[Any], size: int) -> list[list[Any]]:
     return list(iter(lambda: list(islice(iterator, size)), []))
 
 
+def encoding_hash(task: Task) -> str:
+    """Identity of what a task does to rows: the source text of its classes' modules, and the settings that count."""
+    kinds = [kind for kind in type(task).__mro__ if issubclass(kind, Task)]
+    sources = {kind.__module__: inspect.getsource(sys.modules[kind.__module__]) for kind in kinds}
+    settings = {name: value for name, value in asdict(task).items() if name not in task.unread}
+    return hashlib.sha256(repr((type(task).__qualname__, sources, settings)).encode()).hexdigest()
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Identity of a tokenizer by its content."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Identity of a tokenizer by its content and its special tokens, whatever the last call truncated or padded."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    del content["truncation"], content["padding"]
+    special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
+    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names)
+    return hashlib.sha256(json.dumps([content, ways]).encode()).hexdigest()

@@ -1,10 +1,10 @@
 """How much time a step costs above a bare PyTorch loop, and an epoch against Hugging Face's Trainer.
 
-    python -m niwaki.measure.bench [--trainer FILE] [--output FILE]
+    python -m niwaki.measure.bench [--trainer FILE [--validation FILE --test FILE]] [--output FILE]
 
-Step time: the fit of `train.py` (Lightning, the csv logger, progress, checkpoint and learning-rate callbacks)
-and a bare loop take turns in one process, block by block, each with its own copy of the same model, on the
-same batches.
+Step time: the fit of `train.py` (data loader, Lightning, the csv logger, progress, checkpoint and learning-rate
+callbacks) and a bare loop take turns in one process, block by block, each with its own copy of the same model. The bare
+loop gets the batches that the loader makes for the fit ready made, so its time has no loading in it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from niwaki.quiet import quiet_libraries
+from niwaki.quiet import quiet_libraries, quiet_loggers
 
 quiet_libraries()
 
 import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 
 from niwaki import compose  # noqa: E402
+from niwaki.data.batches import Batches  # noqa: E402
 from niwaki.data.corpus import Corpus  # noqa: E402
 from niwaki.errors import ConfigError, UserError  # noqa: E402
 from niwaki.fit import callbacks_of, fit  # noqa: E402
@@ -70,35 +71,50 @@ class BareLoop:
         self.scheduler.step()
 
 
+class Repeated:
+    """The first `count` batches of a loader, over as many of its epochs as that takes."""
+
+    def __init__(self, loader: Batches, count: int) -> None:
+        self._loader = loader
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return islice(chain.from_iterable(repeat(self._loader)), self._count)
+
+
 @dataclass
 class Turns(pl.Callback):
-    """Lets a bare loop run a block of steps before each block of the fit, and times both.
+    """Lets a bare loop run a block of steps before each block of the fit, on the same batches, and times both.
 
     A block of the fit is timed from before its first step to before the step after its last, so that all that
-    Lightning does between steps counts. The first block of each is a warm-up.
+    Lightning and the loader do between steps counts. The first block of each is a warm-up.
     """
 
     bare: BareLoop
-    batches: Sequence[dict[str, Tensor]]
+    batches: Sequence[dict[str, Tensor]]  # of all blocks, and one more
+    steps: int
     ours_seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)
     _start: float | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if index % len(self.batches):
+        if index % self.steps:
             return
         now = time.perf_counter()
         if self._start is not None:
-            self.ours_seconds.append((now - self._start) / len(self.batches))
-        if index < trainer.num_training_batches - 1:  # the one batch that is left over ends the last block
-            self._run_bare()
+            self.ours_seconds.append((now - self._start) / self.steps)
+        if index < len(self.batches) - 1:  # the one batch that is left over ends the last block
+            self._run_bare(self.batches[index : index + self.steps])
         self._start = time.perf_counter()
 
-    def _run_bare(self) -> None:
+    def _run_bare(self, batches: Sequence[dict[str, Tensor]]) -> None:
         start = time.perf_counter()
-        for batch in self.batches:
+        for batch in batches:
             self.bare.step(batch)
-        self.bare_seconds.append((time.perf_counter() - start) / len(self.batches))
+        self.bare_seconds.append((time.perf_counter() - start) / self.steps)
 
 
 def bench_step(
@@ -106,7 +122,7 @@ def bench_step(
 ) -> tuple[dict[str, Any], Learner, Turns]:
     """Median milliseconds per step of the fit and of the bare loop, over `blocks` blocks of `steps` steps.
 
-    Also returns what ran: the same steps on both sides, and one more of the fit, on the first batch.
+    Also returns what ran: the same steps on both sides, and one more of the fit, on the last of the batches.
 
     Raises:
         ConfigError: a precision that the bare loop does not have.
@@ -114,16 +130,17 @@ def bench_step(
     if recipe.trainer.lightning_precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision={recipe.trainer.precision!r}: needs auto, fp32 or bf16")
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
-    batches = corpus.samples("train", recipe.data.batch_size, steps)
+    count = steps * (blocks + 1) + 1
+    batches = list(Repeated(corpus.training(), count))
     model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
-    whole = list(batches) * (blocks + 1) + [batches[0]]
-    bare = BareLoop(recipe, deepcopy(model), len(whole))
+    bare = BareLoop(recipe, deepcopy(model), count)
     work = assemble(recipe, corpus, model)
+    work.context = replace(work.context, steps=count)
     learner = Learner(
         model.train(), task=recipe.task, labels=corpus.labels, optimizer=recipe.optimizer,
-        schedule=recipe.schedule, steps=len(whole), terms=work.terms, task_weight=recipe.task_weight,
+        schedule=recipe.schedule, steps=count, terms=work.terms, task_weight=recipe.task_weight,
     )  # fmt: skip
-    turns = Turns(bare, batches)
+    turns = Turns(bare, batches, steps)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         logger = recipe.logger.build(folder, config)
@@ -131,14 +148,15 @@ def bench_step(
         trainer = recipe.trainer.build(folder, logger, [turns, *callbacks])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
-            trainer.fit(learner, DataLoader(whole, batch_size=None))  # type: ignore[arg-type]
+            trainer.fit(learner, Repeated(corpus.training(), count))
     ours, by_hand = statistics.median(turns.ours_seconds[1:]), statistics.median(turns.bare_seconds[1:])
     result = {
         "ours_ms": 1000 * ours,
         "bare_ms": 1000 * by_hand,
         "ratio": ours / by_hand,
         "blocks": [[1000 * a, 1000 * b] for a, b in zip(turns.ours_seconds[1:], turns.bare_seconds[1:], strict=True)],
-        "steps": len(batches),
+        "steps": steps,
+        "loader": {"ours": "in the time", "bare": "batches ready made"},
         "rows": recipe.data.batch_size,
         "tokens": max(batch["input_ids"].shape[1] for batch in batches),
         "precision": recipe.trainer.lightning_precision,
@@ -146,30 +164,42 @@ def bench_step(
     return result, learner, turns
 
 
-def bench_epoch(recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of one epoch on the same encoded rows: our fit with its defaults (validation and checkpoints
-    included) and Hugging Face's Trainer with its own at the same batch size."""
+def bench_epoch(recipe: Recipe, config: dict[str, Any], *, rounds: int) -> dict[str, Any]:
+    """Median seconds of one epoch on the same encoded rows, over `rounds` rounds in which the sides take turns to be
+    first: our fit with its defaults (validation and checkpoints included) and Hugging Face's Trainer with its own at
+    the same batch size."""
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
-    with tempfile.TemporaryDirectory() as place:
-        theirs = hugging_face_seconds(recipe, corpus, Path(place))
-    model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
-    work = assemble(recipe, corpus, model)
-    with tempfile.TemporaryDirectory() as place:
-        start = time.perf_counter()
-        fit(recipe, corpus, work, Path(place), config, resume=False)
-        ours = time.perf_counter() - start
+    ours: list[float] = []
+    theirs: list[tuple[float, str]] = []
+    for turn in range(2 * rounds):
+        with tempfile.TemporaryDirectory() as place:
+            if turn % 4 in (1, 2):  # ours, theirs; theirs, ours; ...
+                theirs.append(hugging_face_epoch(recipe, corpus, Path(place)))
+            else:
+                ours.append(our_epoch(recipe, corpus, Path(place), config))
+    seconds, their_seconds = statistics.median(ours), statistics.median(one for one, _ in theirs)
     return {
-        "ours_seconds": ours,
-        "hugging_face_seconds": theirs,
-        "ratio": ours / theirs,
+        "ours_seconds": seconds,
+        "hugging_face_seconds": their_seconds,
+        "ratio": seconds / their_seconds,
+        "rounds": [[a, b] for a, (b, _) in zip(ours, theirs, strict=True)],
         "rows": len(corpus.features["train"]),
         "batch_size": recipe.data.batch_size,
         "precision": recipe.trainer.lightning_precision,
+        "hugging_face_precision": theirs[0][1],
     }
 
 
-def hugging_face_seconds(recipe: Recipe, corpus: Corpus, folder: Path) -> float:
-    """Seconds of `Trainer.train` for one epoch."""
+def our_epoch(recipe: Recipe, corpus: Corpus, folder: Path, config: dict[str, Any]) -> float:
+    """Seconds of `niwaki.fit.fit` for one epoch."""
+    work = assemble(recipe, corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed))
+    start = time.perf_counter()
+    fit(recipe, corpus, work, folder, config, resume=False)
+    return time.perf_counter() - start
+
+
+def hugging_face_epoch(recipe: Recipe, corpus: Corpus, folder: Path) -> tuple[float, str]:
+    """Seconds of `Trainer.train` for one epoch, and the precision that it computes in."""
     from transformers import Trainer, TrainingArguments
 
     settings = TrainingArguments(
@@ -181,7 +211,8 @@ def hugging_face_seconds(recipe: Recipe, corpus: Corpus, folder: Path) -> float:
     trainer = Trainer(model, settings, train_dataset=rows, processing_class=corpus.tokenizer)
     start = time.perf_counter()
     trainer.train()
-    return time.perf_counter() - start
+    precision = "bf16-mixed" if settings.bf16 else "16-mixed" if settings.fp16 else "32-true"
+    return time.perf_counter() - start, precision
 
 
 def composed(*overrides: str) -> tuple[Recipe, dict[str, Any]]:
@@ -199,10 +230,15 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 16,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     trainer: Annotated[Path | None, typer.Option(help="Labelled rows: also time an epoch on them.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Rows to validate on; else carved from those.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows to test on; else carved from those.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Epochs of each side.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
     """Time our step against a bare loop's, and an epoch against Hugging Face's Trainer."""
-    quiet_libraries()  # again: Lightning turns its notices on when it is imported
+    if trainer is None and (validation or test):
+        raise ConfigError(f"--{'validation' if validation else 'test'}: belongs to an epoch; give --trainer")
+    quiet_loggers()
     common = (f"data.batch_size={batch_size}", f"trainer.precision={quoted(precision)}")
     results: dict[str, Any] = {
         "machine": machine(),
@@ -210,17 +246,23 @@ def main(
         "versions": versions(),
     }
     results["step"], _, _ = bench_step(*composed(*common), steps=steps, blocks=blocks)
-    say("step: {ours_ms:.1f} ms, bare loop {bare_ms:.1f} ms, ratio {ratio:.4f}", results["step"])
+    say(
+        "step, loader included: {ours_ms:.1f} ms in {precision}, bare loop on the same batches ready made: "
+        "{bare_ms:.1f} ms in {precision}, ratio {ratio:.4f}",
+        results["step"],
+    )
     if results["step"]["bare_ms"] < 1000 * LONG_ENOUGH:
         print(
             f"a step takes less than {1000 * LONG_ENOUGH:.0f} ms here: give a larger --batch-size",
             file=sys.stderr,
         )
     if trainer is not None:
-        results["epoch"] = bench_epoch(*composed("data=files", f"data.train={quoted(trainer)}"))
+        files = {"train": trainer, "validation": validation, "test": test}
+        given = [f"data.{split}={quoted(file)}" for split, file in files.items() if file is not None]
+        results["epoch"] = bench_epoch(*composed("data=files", *given), rounds=rounds)
         say(
-            "epoch: {ours_seconds:.1f} s in {precision}, "
-            "Hugging Face's Trainer {hugging_face_seconds:.1f} s, ratio {ratio:.3f}",
+            "epoch of {rows} rows, validation and checkpoints included: {ours_seconds:.1f} s in {precision}, "
+            "Hugging Face's Trainer {hugging_face_seconds:.1f} s in {hugging_face_precision}, ratio {ratio:.3f}",
             results["epoch"],
         )
     if output is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from niwaki.errors import ArtifactError, ConfigError
+from niwaki.errors import ArtifactError, ConfigError, nearest
 from niwaki.measure.report import flatten, is_score, markdown_table, more_is_better, sparsity, with_spread
 
 IDENTITY = ("task", "data", "model", "tuning", "compression")
@@ -153,12 +152,11 @@ def gather(folders: Iterable[Path]) -> list[Run]:
     return [read_run(folder) for folder in find(folders)[0]]
 
 
-def _nearest(kind: str, name: str, known: Iterable[str]) -> NoReturn:
+def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
     names = sorted(dict.fromkeys(known), key=lambda known: not known.startswith("after."))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
     # a short name is mostly the last part of a dotted one
-    close = [known for known in names if known.endswith(f".{name}")][:1] or close
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names[:8])}"
+    close = next((known for known in names if known.endswith(f".{name}")), "") or nearest(name, names, cutoff=0.3)
+    hint = f"did you mean {close}?" if close else f"there are {', '.join(names[:8])}"
     raise ConfigError(f"{kind}: no run has {name!r}; {hint}")
 
 
@@ -168,11 +166,12 @@ def _varies(key: str) -> bool:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The fewest settings, taken in order, that tell the runs apart; seeds and places left out."""
-    keys = dict.fromkeys([*IDENTITY, *(key for run in runs for key in run.settings)])
-    labels: list[tuple[str, ...]] = [()] * len(runs)
-    chosen = []
-    for key in filter(_varies, keys):
+    """Every axis with more than one value, then the fewest settings, taken in order, that tell apart the runs which the
+    axes do not; seeds and places left out."""
+    chosen = [key for key in IDENTITY if len({run.settings[key] for run in runs}) > 1]
+    labels = [tuple(run.settings[key] for key in chosen) for run in runs]
+    others = dict.fromkeys(key for run in runs for key in run.settings if key not in IDENTITY)
+    for key in filter(_varies, others):
         finer = [(*label, run.settings.get(key, "-")) for label, run in zip(labels, runs, strict=True)]
         if len(set(finer)) > len(set(labels)):
             chosen.append(key)
@@ -210,7 +209,7 @@ def _baseline(text: str, rows: Sequence[str], keys: Sequence[tuple[str, ...]]) -
         if not equals:
             raise ConfigError(f"baseline: {part!r} is not key=value; the rows' keys are {', '.join(rows)}")
         if name not in rows:
-            _nearest("baseline", name, rows)
+            _unknown("baseline", name, rows)
         wanted[name] = value.replace(" ", "")
 
     def fits(key: tuple[str, ...]) -> bool:
@@ -248,13 +247,13 @@ def _repeats(groups: Iterable[Group], rows: Sequence[str]) -> Iterator[str]:
 def _check(kind: str, names: Iterable[str], known: Sequence[Mapping[str, Any]]) -> None:
     for name in names:
         if not any(name in of_run for of_run in known):
-            _nearest(kind, name, (key for of_run in known for key in of_run))
+            _unknown(kind, name, (key for of_run in known for key in of_run))
 
 
 def tabulate(
     runs: Sequence[Run], rows: Sequence[str] = (), metrics: Sequence[str] = (), baseline: str | None = None
 ) -> Table:
-    """Groups runs by the settings `rows` (default: those that differ) and averages `metrics` over each group.
+    """Groups runs by the settings `rows` (default: `differing`) and averages `metrics` over each group.
 
     Scores change by difference, costs by ratio, to the row `baseline` ("key=value[,key=value]").
     ConfigError, with the nearest name, for a key or metric that no run has.

@@ -248,10 +248,11 @@ def _targets(targets: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _class_row(name: str, scores: Mapping[str, Any]) -> list[str]:
     shown = [number(column, scores.get(column)) for column in CLASS_COLUMNS[:3]]
-    return [name, *shown, f"{scores['support']:,}"]
+    return [name, *shown, f"{scores['support']:,.0f}"]
 
 
-def _classes(metrics: Mapping[str, Any]) -> str:
+def classes(metrics: Mapping[str, Any]) -> str:
+    """Precision, recall, F1 and support of each class (`per_class`), and their `averages`, in markdown."""
     averages = metrics.get("averages") or {}
     rows = [_class_row(name, scores) for name, scores in metrics["per_class"].items()]
     rows += [_class_row(f"*{name} average*", scores) for name, scores in averages.items()]
@@ -261,11 +262,12 @@ def _classes(metrics: Mapping[str, Any]) -> str:
 def _training(metrics: Mapping[str, Any]) -> str:
     whole = (metrics["before"] or metrics["after"])["parameters"]
     trainable = f"{metrics['trainable']:,} ({100 * metrics['trainable'] / whole:.2f}% of {whole:,})"
+    memory = number("peak_memory_mb", metrics["peak_memory_mb"])
     rows = [
         ["steps", number("steps", metrics["steps"])],
         ["time", number("train_seconds", metrics["train_seconds"])],
         ["trainable parameters", trainable],
-        ["peak memory", number("peak_memory_mb", metrics["peak_memory_mb"])],
+        ["peak memory (GPU: of the fit; CPU: of the whole process)", memory],
         ["parity (largest logit difference, save to reload)", number("parity", metrics["parity"])],
     ]
     validation = metrics.get("validation") or {}
@@ -287,7 +289,7 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if metrics.get("targets"):
         parts += ["## Compressed layers", _targets(metrics["targets"])]
     if metrics.get("per_class"):
-        parts += ["## Classes", _classes(metrics)]
+        parts += ["## Classes", classes(metrics)]
     parts += ["## Training", _training(metrics), "## Settings", _settings(config)]
     return "\n\n".join([*parts, "## Machine", _machine(metrics)]) + "\n"
 

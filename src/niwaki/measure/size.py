@@ -64,7 +64,8 @@ def macs(model: Any, inputs: dict[str, Tensor]) -> int:
 
 
 def peak_memory_mb() -> float:
-    """Highest memory of this process so far, in MB: of the GPU where one was used, else resident memory."""
+    """Highest memory in MB: of the GPU since its statistics were last reset, where one was used, else the resident
+    memory of this process since it began, imports and data included."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
     import resource

@@ -35,6 +35,8 @@ class Family:
     embeddings: str
     pooler: str | None = None
     attention: str  # the module of a block that holds `layer_idx`
+    causal: bool  # a position sees only those before it
+    positions_after_padding: bool = False  # position numbers start behind that of the padding token
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -93,6 +95,20 @@ class Anatomy:
     @property
     def embeddings(self) -> nn.Embedding:
         return self.backbone.get_submodule(self.family.embeddings)  # type: ignore[return-value]
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees only those before it."""
+        return self.family.causal or bool(getattr(self.model.config, "is_decoder", False))
+
+    @property
+    def positions(self) -> int | None:
+        """The tokens that the model can read at once; None where its config sets no bound."""
+        config: Any = self.model.config
+        count: int | None = getattr(config, "max_position_embeddings", None)
+        if count is None or not self.family.positions_after_padding:
+            return count
+        return count - config.pad_token_id - 1
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them."""

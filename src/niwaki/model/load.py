@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,8 @@ class Pretrained:
         if tokenizer.pad_token_id is None:
             pad = self.config().pad_token_id
             tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(f"model.name={self.name!r}: its tokenizer has neither a padding token nor an end token")
         return tokenizer
 
     def config(self) -> Any:
@@ -104,23 +106,48 @@ class Pretrained:
         return model
 
     def load(self, task: Task, labels: Sequence[str], seed: int) -> Any:
-        """The model with the task's head (random from `seed` where the source has none), whole, in fp32 on the CPU."""
+        """The model with the task's head (random from `seed` where the source has none), whole, in fp32 on the CPU.
+
+        Raises:
+            ConfigError: it cannot be loaded, or lacks weights that no training would make up for.
+        """
         from niwaki import artifact
 
         torch.manual_seed(seed)
         if artifact.is_artifact(self.place):
-            model = artifact.load_dense(self.place, task, labels, self.config())
+            model, gaps = artifact.load_dense(self.place, task, labels, self.config())
         else:
-            model = self._try(
+            model, report = self._try(
                 lambda: auto_class(task).from_pretrained(
                     self.place,
                     revision=self.revision,
                     config=with_labels(self.config(), labels),
                     dtype=torch.float32,
-                    ignore_mismatched_sizes=task.head_learns,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
                 )
             )
-        return model.eval()
+            gaps = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        self.refuse_gaps(model, gaps, task)
+        return self.padded(model).eval()
+
+    def refuse_gaps(self, model: Any, gaps: Iterable[str], task: Task) -> None:
+        """Raise ConfigError for parameters that the source lacks, or has in another shape, unless they are of a head
+        that learns."""
+        new = Anatomy.of(model).head_parameters() if task.head_learns else {}
+        lacking = [name for name, _ in model.named_parameters() if name in set(gaps) - set(new)]
+        if lacking:
+            raise ConfigError(
+                f"model.name={self.name!r}: has no weights that fit {lacking[0]}, which would stay random; needs "
+                f"a model made for {task.name}, and no model.overrides of its shapes"
+            )
+
+    def padded(self, model: Any) -> Any:
+        """The model with the tokenizer's padding token where its config has none: heads look for the last token that
+        is no padding. Set after the embeddings are made, or they would give that token no gradient."""
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.tokenizer().pad_token_id
+        return model
 
     def cut(self, model: Any) -> list[Edit]:
         """Keep the blocks that `layers` names; returns the edits that did it."""
@@ -147,6 +174,9 @@ def located(name: str, field: str) -> str:
     """
     package, _, inner = name.removeprefix("package:").partition("/")
     if name.startswith("package:"):
+        # Looking for a module inside of a package would run the package.
+        if not package.isidentifier():
+            raise ConfigError(f"{field}={name!r}: needs package:NAME/FOLDER, with the plain name of a package")
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
             pip = package.replace("_", "-")

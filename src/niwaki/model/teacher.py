@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -14,48 +15,68 @@ from niwaki.model.load import Pretrained, auto_class, located
 if TYPE_CHECKING:
     from niwaki.task.task import Task
 
-FIELD = "compression.logits.teacher"
+
+@runtime_checkable
+class Taught(Protocol):
+    """A stage that learns from teachers."""
+
+    def teachers(self) -> dict[str, str]:
+        """The fields of the config that name a teacher, and the hub name, folder or artifact that each names."""
+        ...
 
 
-def load_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int]) -> Any:
-    """The teacher's model.
+def check_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str) -> None:
+    """Look at what a teacher says of itself, and load none of its weights. `field` names it in errors.
+
+    Raises:
+        ConfigError: another task, other labels, or another vocabulary.
+    """
+    place = located(place, field)
+    spec = Pretrained(name=place)
+    if artifact.is_artifact(place):
+        card = artifact.parse_card(Path(place))
+        theirs = artifact.task_of(card)
+        if type(theirs) is not type(task):
+            raise ConfigError(f"{field}={place!r}: does the task {theirs.name}, the student {task.name}")
+        refuse_other_labels(place, card["labels"], labels, field)
+    else:
+        config = spec.config()
+        needed = type(spec._try(lambda: spec.empty(task, ()))).__name__
+        if needed not in (config.architectures or [needed]):
+            raise ConfigError(
+                f"{field}={place!r}: is a {config.architectures[0]}; the task {task.name} needs a {needed}"
+            )
+        refuse_other_labels(place, [config.id2label[i] for i in sorted(config.id2label)], labels, field)
+    words = spec.tokenizer().get_vocab()
+    if words != vocabulary:
+        raise ConfigError(
+            f"{field}={place!r}: its vocabulary ({len(words)} entries) is not the student's ({len(vocabulary)}); "
+            "logits can only be compared on the same one"
+        )
+
+
+def refuse_other_labels(place: str, theirs: Sequence[str], labels: Sequence[str], field: str) -> None:
+    """Raise ConfigError where the student has labels and the teacher's are not the same, in the same order."""
+    if labels and tuple(theirs) != tuple(labels):
+        odd = sorted(set(theirs) ^ set(labels)) or [f"order {list(theirs)}, not {list(labels)}"]
+        raise ConfigError(f"{field}={place!r}: its labels are not the student's ({', '.join(odd[:3])})")
+
+
+def load_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str) -> Any:
+    """The teacher's model. `field` of the config names it in errors.
 
     Raises:
         ConfigError: another task, other labels, another vocabulary, or no trained head.
     """
-    place = located(place, FIELD)
+    check_teacher(place, task, labels, vocabulary, field)
+    place = located(place, field)
     if artifact.is_artifact(place):
-        saved = artifact.load(place)
-        if type(saved.task) is not type(task):
-            raise ConfigError(f"{FIELD}={place!r}: does the task {saved.task.name}, the student {task.name}")
-        teacher, theirs, words = saved.model, saved.labels, saved.tokenizer.get_vocab()
-    else:
-        teacher, theirs, words = load_from_hub(place, task)
-    if labels and tuple(theirs) != tuple(labels):
-        odd = sorted(set(theirs) ^ set(labels)) or [f"order {list(theirs)}, not {list(labels)}"]
-        raise ConfigError(f"{FIELD}={place!r}: its labels are not the student's ({', '.join(odd[:3])})")
-    if words != vocabulary:
-        raise ConfigError(
-            f"{FIELD}={place!r}: its vocabulary ({len(words)} entries) is not the student's ({len(vocabulary)}); "
-            "logits can only be compared on the same one"
-        )
-    return teacher
-
-
-def load_from_hub(place: str, task: Task) -> tuple[Any, tuple[str, ...], dict[str, int]]:
-    """A Hugging Face model with a trained head: (model, labels, vocabulary)."""
+        return artifact.load(place).model
     spec = Pretrained(name=place)
-    words = spec.tokenizer().get_vocab()
     teacher, report = spec._try(
         lambda: auto_class(task).from_pretrained(spec.place, dtype=torch.float32, output_loading_info=True)
     )
-    made_for = teacher.config.architectures or [type(teacher).__name__]
-    if type(teacher).__name__ not in made_for:
-        raise ConfigError(
-            f"{FIELD}={place!r}: is a {made_for[0]}; the task {task.name} needs a {type(teacher).__name__}"
-        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])[0]
-        raise ConfigError(f"{FIELD}={place!r}: has no trained head for the task {task.name} ({missing} is missing)")
-    id2label = teacher.config.id2label or {}
-    return teacher, tuple(id2label[i] for i in sorted(id2label)), words
+        raise ConfigError(f"{field}={place!r}: has no trained head for the task {task.name} ({missing} is missing)")
+    return spec.padded(teacher)

@@ -68,7 +68,8 @@ class Tiny(Pretrained):
 
     def load(self, task: Any, labels: Sequence[str], seed: int) -> Any:
         torch.manual_seed(seed)
-        return auto_class(task).from_config(with_labels(self.config(), labels), dtype=torch.float32).eval()
+        model = auto_class(task).from_config(with_labels(self.config(), labels), dtype=torch.float32)
+        return self.padded(model).eval()
 
 
 def pieces() -> list[str]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, pad
+from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad
+
+if TYPE_CHECKING:
+    from niwaki.model.anatomy import Anatomy
+
+DOCUMENTS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,9 @@ class CausalLM(Task):
     metric: ClassVar[str] = "perplexity"
     mode: ClassVar[Literal["max", "min"]] = "min"
     head_learns: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "max_new_tokens")
     paper: ClassVar[str] = "Radford et al. 2019"
 
     max_length: int = 256
@@ -40,12 +47,22 @@ class CausalLM(Task):
         if self.max_new_tokens < 1:
             raise ConfigError(f"task.max_new_tokens={self.max_new_tokens}: needs a whole number of at least 1")
 
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        if anatomy.positions is not None and self.max_new_tokens >= anatomy.positions:
+            raise ConfigError(
+                f"task.max_new_tokens={self.max_new_tokens}: leaves no room for a text before them; the model reads at "
+                f"most {anatomy.positions} tokens"
+            )
+
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         stream: list[int] = []
-        for document in documents(rows["text"]):
-            stream += [] if separator is None else [separator]
-            stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        # A document stays whole, however long: cut at a line break, some tokenizers give other tokens.
+        for part in batched(documents(rows["text"]), DOCUMENTS_AT_ONCE):
+            encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for ids in encoded["input_ids"]:
+                stream += ids if separator is None else [separator, *ids]
         if len(stream) < 2:
             raise DataError(
                 f"a split has {len(stream)} tokens: needs at least 2, so that one is predicted from another"
@@ -64,22 +81,41 @@ class CausalLM(Task):
         keep = targets != IGNORED
         return outputs.logits[:, :-1][keep], targets[keep]
 
+    def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+        logits, targets = aligned(outputs, batch)
+        return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, label_smoothing=smoothing)
+
     def scores(self, labels: Sequence[str]) -> Scores:
-        return TokenScores(self)
+        return TokenScores()
 
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
     ) -> Iterator[dict[str, Any]]:
+        from niwaki.model.anatomy import Anatomy
+
+        positions = Anatomy.of(model).positions
         for row in rows:
             ids = tokenizer(row["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]
             if tokenizer.bos_token_id is not None:
                 ids = functional.pad(ids, (1, 0), value=tokenizer.bos_token_id)
+            if positions is not None and ids.shape[1] + self.max_new_tokens > positions:
+                raise DataError(
+                    f"text {row['text'][:40]!r}: its {ids.shape[1]} tokens and the {self.max_new_tokens} to write are "
+                    f"more than the {positions} that the model reads; give a shorter text"
+                )
             written = model.generate(
                 ids.to(model.device), attention_mask=ids.new_ones(ids.shape).to(model.device),
                 max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             new = written[0, ids.shape[1] :]  # by position: a tokenizer may not give the prompt back as it was
             yield {**row, "generated": tokenizer.decode(new, skip_special_tokens=True)}
+
+
+def aligned(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (rows * positions, classes) as a view, and to each the token that follows, IGNORED where none does:
+    what `counted` picks, without a copy of the logits."""
+    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return outputs.logits.flatten(0, 1), targets.flatten()
 
 
 def documents(texts: Sequence[str]) -> list[str]:
@@ -95,15 +131,15 @@ def documents(texts: Sequence[str]) -> list[str]:
 class TokenScores(Scores):
     """perplexity = exp(loss), loss = mean negative log-likelihood over all predicted tokens, in nats."""
 
-    def __init__(self, task: CausalLM) -> None:
-        self._task = task
+    def __init__(self) -> None:
         self._total = 0.0
         self._tokens = 0
 
     def update(self, outputs: Any, batch: Batch) -> None:
-        logits, labels = self._task.counted(outputs, batch)
-        self._total += float(functional.cross_entropy(logits.float(), labels, reduction="sum"))
-        self._tokens += len(labels)
+        logits, targets = aligned(outputs, batch)
+        loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        self._total += float(loss)
+        self._tokens += int((targets != IGNORED).sum())
 
     def compute(self) -> dict[str, float]:
         loss = self._total / self._tokens

@@ -122,11 +122,12 @@ class TagScores(Scores):
         logits = outputs.logits[keep].float()
         self._loss += float(functional.cross_entropy(logits, batch["labels"][keep], reduction="sum"))
         self._seen += len(logits)
-        guesses = outputs.logits.argmax(-1)
-        for row, guess, counts, cut in zip(batch["labels"], guesses, keep, batch["cut"], strict=True):
-            lost = [self._labels[i] for i in cut[cut != IGNORED].tolist()]
-            self._true.append([self._labels[i] for i in row[counts].tolist()] + lost)
-            self._predicted.append([self._labels[i] for i in guess[counts].tolist()] + ["O"] * len(lost))
+        labels, guesses = torch.stack([batch["labels"], outputs.logits.argmax(-1)]).tolist()
+        for row, guess, cut in zip(labels, guesses, batch["cut"].tolist(), strict=True):
+            lost = [self._labels[i] for i in cut if i != IGNORED]
+            seen = [(self._labels[i], self._labels[j]) for i, j in zip(row, guess, strict=True) if i != IGNORED]
+            self._true.append([true for true, _ in seen] + lost)
+            self._predicted.append([predicted for _, predicted in seen] + ["O"] * len(lost))
 
     def compute(self) -> dict[str, float]:
         from seqeval.metrics import f1_score, precision_score, recall_score

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.nn import functional
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
 from niwaki.naming import option_name
+
+if TYPE_CHECKING:
+    from niwaki.model.anatomy import Anatomy
 
 IGNORED = -100  # the label of a position that does not count
 Batch = Mapping[str, Tensor]
@@ -44,7 +47,9 @@ class Task(abc.ABC):
     metric: ClassVar[str]  # the score to watch
     mode: ClassVar[Literal["max", "min"]] = "max"
     head_learns: ClassVar[bool] = True
+    causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
+    unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read
     paper: ClassVar[str] = ""
 
     max_length: int = 128
@@ -60,6 +65,17 @@ class Task(abc.ABC):
     def name(self) -> str:
         """`classification`: the option that selects this task, which is where its file stands."""
         return option_name(self)
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise ConfigError where such a model cannot do this task; it may be empty (meta device)."""
+        if self.causal and not anatomy.causal:
+            kind = anatomy.model.config.model_type  # type: ignore[union-attr]
+            raise ConfigError(
+                f"task={self.name}: needs a model that reads from left to right, and a {kind} sees the whole text; "
+                "try model=tiny-llama, or name a causal model by model=pretrained model.name=..."
+            )
+        if anatomy.positions is not None and self.max_length > anatomy.positions:
+            raise ConfigError(f"task.max_length={self.max_length}: the model reads at most {anatomy.positions} tokens")
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
         """The classes, in the order of the head's outputs; empty where there are none."""

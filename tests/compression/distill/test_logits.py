@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.compression.distill.logits import Logits, TeacherTerm, softened_divergence
+from niwaki.compression.distill.logits import FIELD, Logits, TeacherTerm, softened_divergence
 from niwaki.errors import ConfigError
 
 KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")]
@@ -55,7 +55,7 @@ def pair(setting: Callable[..., Any], family: str, task: str) -> tuple[Any, Any,
     for parameter in other.model.parameters():
         parameter.data *= 3
     stage = Logits(teacher="there", temperature=3.0, weight=0.7)
-    effects = stage.prepare(one.model, one.context(load_teacher=lambda place: {"there": other.model}[place]))
+    effects = stage.prepare(one.model, one.context(load_teacher=lambda *place: {("there", FIELD): other.model}[place]))
     (term,) = effects.terms.values()
     assert isinstance(term, TeacherTerm)
     return one, other, term
@@ -119,13 +119,13 @@ def test_the_teacher_gets_no_gradient_and_the_student_does(setting: Callable[...
 def test_the_teacher_is_in_eval_mode_even_if_it_comes_otherwise(setting: Callable[..., Any]) -> None:
     one, other = setting(), setting(seed=1)
     other.model.train()
-    Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda _: other.model))
+    Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda *_: other.model))
     assert not any(module.training for module in other.model.modules())
 
 
 def test_the_learner_does_not_own_the_teacher(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one, other = setting(), setting(seed=1)
-    effects = Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda _: other.model))
+    effects = Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda *_: other.model))
     learner = one.learner(effects=[effects])
     learner.train()
     assert not any(module.training for module in other.model.modules())

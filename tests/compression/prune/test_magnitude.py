@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from niwaki.compression.prune.magnitude import Magnitude, magnitude
-from niwaki.compression.prune.mask import Mask
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.tiny import Tiny
 from niwaki.optimizer import SGD, AdamW
 from niwaki.task.classification import Classification
-from niwaki.weights import find, fold
+from niwaki.weights import fold, links
 
 
 def zeros(linear: Any) -> int:
@@ -84,7 +83,7 @@ def test_masks_stay_exact_through_training(
     one = setting("bert", "ner")
     context = one.context(steps=3)
     effects = Magnitude(sparsity=0.5, pattern=pattern).prepare(one.model, context)
-    before = {name: find(linear, Mask).mask.clone() for name, linear in context.targets.items()}  # type: ignore[union-attr]
+    before = {name: links(linear)[0].mask.clone() for name, linear in context.targets.items()}
     weights = {name: linear.weight.detach().clone() for name, linear in context.targets.items()}
     train(
         one.learner(optimizer, [effects], 3), [one.batch()] * 6, callbacks=effects.callbacks,

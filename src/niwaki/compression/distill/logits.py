@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.errors import ConfigError
-from niwaki.model.anatomy import Anatomy
-from niwaki.model.load import located
 from niwaki.stage import Context, Effects, Phase, Stage
+
+FIELD = "compression.logits.teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,23 @@ class Logits(Stage):
 
     def __post_init__(self) -> None:
         if self.teacher is None:
-            raise ConfigError("compression.logits.teacher: needs a hub name, a folder, or an artifact of this project")
+            raise ConfigError(f"{FIELD}: needs a hub name, a folder, or an artifact of this project")
         if self.temperature <= 0:
             raise ConfigError(f"compression.logits.temperature={self.temperature}: needs a number above 0")
         if self.weight <= 0:
             raise ConfigError(f"compression.logits.weight={self.weight}: needs a number above 0")
 
-    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        located(str(self.teacher), "compression.logits.teacher")
+    def teachers(self) -> dict[str, str]:
+        """The fields that name a teacher, and where it is."""
+        return {FIELD: str(self.teacher)}
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         assert self.teacher is not None
         if not context.steps:
             raise ConfigError("compression.logits: has no effect with trainer.max_epochs=0; a student learns in a fit")
-        term = TeacherTerm(context.load_teacher(self.teacher), context.predictions, self.temperature, self.weight)
+        term = TeacherTerm(
+            context.load_teacher(self.teacher, FIELD), context.predictions, self.temperature, self.weight
+        )
         return Effects(terms={"distill/logits": term})
 
 

@@ -6,13 +6,12 @@ for activations rounded token by token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
-from niwaki.compression.quantize.integers import one_grid_only, put_on_grid, to_integers
+from niwaki.compression.quantize.integers import put_on_grid, to_integers
 from niwaki.edits import Edit
 from niwaki.stage import Context, Effects, Phase, Stage
 
@@ -24,9 +23,6 @@ class Int8(Stage):
     phase: ClassVar[Phase] = Phase.QUANTIZE
     during_fit: ClassVar[bool] = False
     paper: ClassVar[str] = "Zafrir et al. 2019, arXiv:1910.06188; Yao et al. 2022, arXiv:2206.01861"
-
-    def conflict(self, others: Sequence[Stage]) -> str | None:
-        return one_grid_only(self, others)
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         put_on_grid(context.targets, 8, None, 8)

@@ -7,7 +7,7 @@ zero is on it and zeros stay zeros. Activations are rounded per token, with a sc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.edits import Edit
-from niwaki.stage import Context, Phase, Stage
+from niwaki.stage import Context, Phase
 from niwaki.weights import Link, replace_module, stack
 
 
@@ -75,14 +75,6 @@ class RoundActivations:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (StraightThrough.apply(inputs[0], self.bits), *inputs[1:])
-
-
-def one_grid_only(stage: Stage, others: Sequence[Stage]) -> str | None:
-    """A weight can be on one grid: the reason to refuse another quantization method, if there is one."""
-    other = next((other for other in others if other.phase is Phase.QUANTIZE), None)
-    if other is None:
-        return None
-    return f"compression: {stage.name} and {other.name}: each puts the weights on its own grid; choose one"
 
 
 def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, activation_bits: int | None) -> None:

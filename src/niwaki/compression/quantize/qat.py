@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
-from niwaki.compression.quantize.integers import one_grid_only, put_on_grid, to_integers
+from niwaki.compression.quantize.integers import put_on_grid, to_integers
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
@@ -39,9 +39,6 @@ class QAT(Stage):
             raise ConfigError(
                 f"compression.qat.activation_bits={self.activation_bits}: needs null or a whole number from 2 to 8"
             )
-
-    def conflict(self, others: Sequence[Stage]) -> str | None:
-        return one_grid_only(self, others)
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         for name, linear in targets.items():

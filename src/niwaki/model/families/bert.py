@@ -15,4 +15,5 @@ FAMILY = Family(
     feed_norm="output.LayerNorm",
     embeddings="embeddings.word_embeddings",
     pooler="pooler",
+    causal=False,
 )

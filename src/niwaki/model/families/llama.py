@@ -15,4 +15,5 @@ FAMILY = Family(
     attention_norm="input_layernorm",
     feed_norm="post_attention_layernorm",
     embeddings="embed_tokens",
+    causal=True,
 )

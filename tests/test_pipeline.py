@@ -1,0 +1,67 @@
+"""What the pipeline refuses while nothing is loaded yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from niwaki import artifact, compose, pipeline
+from niwaki.errors import ConfigError
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`refused(*overrides)`: the one line with which a run ends before any weights are read."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {i}", "label": "yn"[i % 2]}) + "\n" for i in range(40)))
+
+    def call(*overrides: str) -> str:
+        config = compose.compose(
+            ["data=files", f"data.train={file}", "model=tiny-bert", "trainer=debug", "logger=none", *overrides]
+        ).config
+        recipe = compose.build(config)
+        folder = tmp_path / "run"
+        folder.mkdir()
+        monkeypatch.setattr(type(recipe.model), "load", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(artifact, "load", lambda *_: pytest.fail("an artifact was loaded"))
+        with pytest.raises(ConfigError) as caught:
+            pipeline.run(recipe, folder, config)
+        assert not list(folder.iterdir())
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return call
+
+
+def test_a_language_model_that_sees_the_whole_text(refused: Any) -> None:
+    assert refused("task=causal_lm").startswith("task=causal_lm: needs a model that reads from left to right")
+
+
+def test_more_text_than_the_model_reads(refused: Any) -> None:
+    assert refused("task.max_length=513") == "task.max_length=513: the model reads at most 512 tokens"
+
+
+def test_a_teacher_with_other_labels(refused: Any, setting: Any, tmp_path: Path) -> None:
+    one = setting()
+    artifact.save(
+        tmp_path / "teacher", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=one.model.config.to_dict(), edits=[],
+    )  # fmt: skip
+    said = refused("compression=distill/logits", f"compression.logits.teacher={tmp_path / 'teacher'}")
+    assert said.startswith("compression.logits.teacher=")
+    assert "its labels are not the student's (maybe, n, no)" in said
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_artifact_knows_the_columns_of_its_training(tmp_path: Path, pairs: bool) -> None:
+    rows = [{"text": f"row {i}", "label": "yn"[i % 2]} | ({"text_pair": "x"} if pairs else {}) for i in range(20)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["data=files", f"data.train={file}", "model=tiny-bert", "trainer=debug", "trainer.max_steps=1"]
+    config = compose.compose([*settings, "logger=none", "callbacks=[]", "measure=scores"]).config
+    pipeline.run(compose.build(config), tmp_path, config)
+    saved = artifact.load(tmp_path / "model")
+    assert set(saved.columns) == {"text", "label", *(["text_pair"] if pairs else [])}
