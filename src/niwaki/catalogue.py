@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from niwaki.errors import ConfigError
+from niwaki.errors import ConfigError, nearest
 
 # a citation: words that end in a year, then perhaps an arXiv id
 CITED = re.compile(r"[A-Z][^();.]*? (?:et al\. )?(?:18|19|20)\d\d(?:, arXiv:[\d.]+\d)?")
@@ -49,8 +48,8 @@ def options(axis: str | None = None) -> list[Option]:
     """
     known = axes()
     if axis is not None and axis not in known:
-        near = difflib.get_close_matches(axis, known, 1, cutoff=0.0)
-        raise ConfigError(f"list {axis}: no such axis; did you mean {near[0]}? (there are: {', '.join(known)})")
+        near = nearest(axis, known)
+        raise ConfigError(f"list {axis}: no such axis; did you mean {near}? (there are: {', '.join(known)})")
     chosen = defaults()
     return [
         read_option(one, path, chosen)

@@ -9,7 +9,6 @@ logging, search path): it stays as configs/train.yaml has it, but for a few plac
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from niwaki.allow import resolve
 from niwaki.callbacks import CallbackSettings
 from niwaki.catalogue import config_folder
-from niwaki.errors import ConfigError, UserError
+from niwaki.errors import ConfigError, UserError, nearest
 from niwaki.recipe import AXES, Recipe
 from niwaki.stage import Stage
 
@@ -288,7 +287,7 @@ def check_settings(path: str, node: Mapping[str, Any]) -> None:
         if name == "_target_":
             continue
         if name not in declared:
-            raise ConfigError(f"{where}{name}: no such setting{nearest(name, declared)}")
+            raise ConfigError(f"{where}{name}: no such setting{suggestion(name, declared)}")
         composed_here = isinstance(value, Mapping) and ("_target_" in value or name in GROUPS_OF_MANY)
         if not composed_here and not fits(value, hints[name]):
             which = "" if finite(value) else ", and a finite one"
@@ -360,12 +359,12 @@ def explain(error: Exception) -> str:
         group, _, name = str(missing).partition("/")
         options = options_of(group)
         if name and options:
-            return f"{group}={name}: no such option{nearest(name, options)}"
+            return f"{group}={name}: no such option{suggestion(name, options)}"
         return f"{missing}: no such config"
     text = str(error)
     if "Could not override" in text or "is not in struct" in text:
         key = text.split("'")[1] if "Could not override" in text else str(getattr(error, "full_key", ""))
-        return f"{key}: no such setting{nearest(key, known_keys())}"
+        return f"{key}: no such setting{suggestion(key, known_keys())}"
     return first_line(error)
 
 
@@ -388,9 +387,9 @@ def known_keys() -> list[str]:
     return [f"{path}.{key}" if path else key for path, node in nodes(whole, "") for key in node if key != "_target_"]
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def suggestion(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean lora? (options: ...)`, as far as there is something to say."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, 1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    close = nearest(name, options, cutoff=0.5)
+    hint = f"; did you mean {close}?" if close else ""
     return hint + (f" (there are: {', '.join(options)})" if len(options) <= 20 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -14,7 +13,7 @@ from niwaki.data.columns import check_text
 from niwaki.data.corpus import Corpus
 from niwaki.data.files import Files
 from niwaki.data.source import SPLITS, Needs
-from niwaki.errors import ArtifactError, DataError
+from niwaki.errors import ArtifactError, DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +78,7 @@ def check_labels(rows: Dataset, known: tuple[str, ...], origin: str) -> None:
         for number, value in enumerate(rows[column][:], start=1):
             for label in value if isinstance(value, list) else [value]:
                 if label not in known:
-                    near = difflib.get_close_matches(label, known, 1, cutoff=0.0)[0]
+                    near = nearest(label, known)
                     raise DataError(
                         f"{origin} row {number}: {column} {label!r} is none of the {len(known)} "
                         f"that the artifact knows; the nearest is {near!r}"

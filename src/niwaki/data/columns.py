@@ -1,11 +1,10 @@
 """What a value of each known column must be, and the labels of a column."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from niwaki.errors import DataError
+from niwaki.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +89,7 @@ def _label_lists(rows: "Dataset", column: str) -> list[list[str]]:
 
 
 def _unseen(split: str, number: int, row: dict[str, Any], column: str, label: str, ordered: list[str]) -> str:
-    near = difflib.get_close_matches(label, ordered, n=1, cutoff=0.0)[0]
+    near = nearest(label, ordered)
     text = next((str(value) for name, value in row.items() if name != column), "")
     start = f" ({' '.join(text.split())[:40]!r})" if text else ""
     return (

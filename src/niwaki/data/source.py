@@ -1,14 +1,13 @@
 """Where rows come from: the abstract `Source`, and what every source owes a task."""
 
 import abc
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from niwaki.data.columns import CHECKS, check_text, values_of
 from niwaki.data.sampling import carve, choose_limit, choose_shots
-from niwaki.errors import ConfigError, DataError
+from niwaki.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,8 +131,8 @@ class Source(abc.ABC):
     def _missing_column(self, split: str, column: str, present: list[str]) -> str:
         name = self.columns.get(column, column)
         names = [other for other in present if not other.startswith("__")]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        hint = f"; name it with data.columns.{column}={near[0]}" if near else ""
+        near = nearest(name, names)
+        hint = f"; name it with data.columns.{column}={near}" if near else ""
         return f"{self.origin(split)}: no column {name!r}; found {', '.join(names) or 'none'}{hint}"
 
     def _checked(self, split: str, rows: "Dataset", kept: list[str]) -> "Dataset":
