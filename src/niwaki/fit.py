@@ -33,12 +33,14 @@ class Work:
     callbacks: list[pl.Callback] = field(default_factory=list)
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
+    lr_factors: dict[str, float] = field(default_factory=dict)
 
     def add(self, effects: Effects) -> None:
         """Take in what a prepared stage adds."""
         self.callbacks += effects.callbacks
         self.terms |= effects.terms
         self.settled = max(self.settled, effects.settled)
+        self.lr_factors |= effects.lr_factors
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
     learner = Learner(
         model, task=recipe.task, labels=corpus.labels, optimizer=recipe.optimizer, schedule=recipe.schedule,
         steps=work.context.steps, terms=work.terms, task_weight=recipe.task_weight,
+        lr_factors=work.lr_factors,
     )  # fmt: skip
     logger = recipe.logger.build(folder, config)
     clock = Clock()

@@ -52,6 +52,7 @@ class Learner(pl.LightningModule):
     def __init__(
         self, model: nn.Module, *, task: Task, labels: Sequence[str], optimizer: OptimizerSettings,
         schedule: Schedule, steps: int, terms: Mapping[str, Term], task_weight: float,
+        lr_factors: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -62,6 +63,7 @@ class Learner(pl.LightningModule):
         self.steps = steps
         self.terms = terms  # plain callables: a teacher is no child, so no checkpoint holds it
         self.task_weight = task_weight
+        self.lr_factors = dict(lr_factors or {})
         self._finite = Finite()
         self._stored_randomness: dict[str, Any] | None = None
 
@@ -93,7 +95,8 @@ class Learner(pl.LightningModule):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_settings.build(self.model, fused=self.trainer.precision != "16-mixed")
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = self.optimizer_settings.build(self.model, fused=fused, factors=self.lr_factors)
         scheduler = self.schedule.build(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

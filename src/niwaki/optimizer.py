@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,29 @@ class OptimizerSettings(abc.ABC):
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: needs a number of at least 0")
 
-    def build(self, model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
-        """An optimizer over the parameters of `model` that learn; `fused` is several times faster."""
-        return self.over(groups(model, self.weight_decay), fused)
+    def build(
+        self, model: nn.Module, *, fused: bool = True, factors: Mapping[str, float] | None = None
+    ) -> torch.optim.Optimizer:
+        """An optimizer over the parameters of `model` that learn; `fused` is several times faster. `factors`
+        multiplies the learning rate of the parameters that it names."""
+        return self.over(groups(model, self.lr, self.weight_decay, factors or {}), fused)
 
     @abc.abstractmethod
     def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
         """The optimizer over these parameter groups."""
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What learns, in two groups: matrices with weight decay, vectors (biases and norms) without."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.ndim > 1]
-    vectors = [p for p in learning if p.ndim <= 1]
-    parted = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
-    return [group for group in parted if group["params"]]
+def groups(model: nn.Module, lr: float, weight_decay: float, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What learns, in groups of one learning rate and weight decay: matrices with decay, vectors (biases and norms)
+    without."""
+    parted: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parted.setdefault((factors.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": found, "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
+        for (factor, decays), found in sorted(parted.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]
 
 
 def check_moments(betas: Sequence[float], eps: float) -> None:

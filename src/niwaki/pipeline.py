@@ -62,6 +62,7 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
     work.edits += recipe.model.cut(model)
     for stage in of_phase(recipe, Phase.SHAPE):
         work.add(stage.prepare(model, context))
+    work.edits += recipe.tuning.grow(model, context.anatomy)
     context.targets.update(context.anatomy.linears())
     work.add(recipe.tuning.prepare(model, context))
     stack(recipe, work, during_fit=True)
@@ -75,6 +76,7 @@ def check_on_empty_model(recipe: Recipe, corpus: Corpus) -> None:
     themselves, before weights are loaded."""
     anatomy = Anatomy.of(recipe.model.empty(recipe.task, corpus.labels))
     recipe.task.check(anatomy)
+    recipe.tuning.grow(anatomy.model, anatomy)
     vocabulary = corpus.tokenizer.get_vocab()
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())

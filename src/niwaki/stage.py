@@ -66,6 +66,7 @@ class Effects:
     callbacks: list[pl.Callback] = field(default_factory=list)
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
+    lr_factors: dict[str, float] = field(default_factory=dict)  # of the learning rate, by the name of a parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,12 @@ class Tuning(Stage):
     """A stage that decides which parameters learn."""
 
     phase: ClassVar[Phase] = Phase.TUNE
+
+    def grow(self, model: nn.Module, anatomy: Anatomy) -> list[Edit]:
+        """Add the layers that stay in the saved model, and return the edits that rebuild them. Called before the
+        targets of the weight methods are read, so that they see these layers too; and on an empty model (meta
+        device) before that."""
+        return []
 
     def link(self, model: nn.Module, context: Context) -> None:
         """Make this tuning's weight delta, if it has one, the first link of the weight chain."""
