@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format bench docs clean
+.PHONY: help setup quickstart test grid check format bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,10 +38,15 @@ format: $(READY) ## Mend what the linter can, and format
 bench: $(READY) ## Time a training step against a bare PyTorch loop; ARGS="--trainer FILE" an epoch too
 	$(BIN)/python -m niwaki.measure.bench $(ARGS)
 
-docs: $(READY) ## Write docs/options.md anew: every option of every axis
+grid: $(READY) ## Run every task x family x tuning x set of compressions (half an hour); the tests run a diagonal of it
+	NIWAKI_GRID=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_combinations.py -rP
+
+docs: $(READY) ## Write docs/ anew: every option of every axis, and what combines with what
 	mkdir -p docs
 	$(BIN)/niwaki list --markdown > docs/options.md.partial
 	mv docs/options.md.partial docs/options.md
+	$(BIN)/python -m niwaki.combinations > docs/combinations.md.partial
+	mv docs/combinations.md.partial docs/combinations.md
 
 clean: ## Remove what tests, tools and builds left; runs in logs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build dist

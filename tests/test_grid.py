@@ -19,7 +19,7 @@ from niwaki.data.corpus import Corpus
 from niwaki.errors import ConfigError
 from niwaki.fit import fit
 from niwaki.measure.evaluate import evaluate
-from niwaki.pipeline import assemble, check_on_empty_model, fold_and_convert, settle
+from niwaki.pipeline import assemble, check_on_empty_model, check_teachers, fold_and_convert, settle
 from niwaki.stage import refuse_conflicts
 from niwaki.weights import fold
 
@@ -113,7 +113,8 @@ def build(task: str, tuning: str, subset: tuple[str, ...], files: dict[str, str]
 def load(recipe: Any) -> tuple[Corpus, Any]:
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
-    check_on_empty_model(recipe, corpus)
+    check_on_empty_model(recipe, corpus.labels)
+    check_teachers(recipe, corpus)
     return corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed)
 
 

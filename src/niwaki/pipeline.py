@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     recipe.trainer.prepare()
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
-    check_on_empty_model(recipe, corpus)
+    check_on_empty_model(recipe, corpus.labels)
+    check_teachers(recipe, corpus)
     console.plan(recipe, corpus)
 
     model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
@@ -71,15 +72,19 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
     return work
 
 
-def check_on_empty_model(recipe: Recipe, corpus: Corpus) -> None:
-    """Let the task and every stage look at a model of the right shapes without weights, and at what teachers say of
-    themselves, before weights are loaded."""
-    anatomy = Anatomy.of(recipe.model.empty(recipe.task, corpus.labels))
+def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> None:
+    """Let the task and every stage look at a model of the right shapes without weights, before any is loaded."""
+    anatomy = Anatomy.of(recipe.model.empty(recipe.task, labels))
     recipe.task.check(anatomy)
     recipe.tuning.grow(anatomy.model, anatomy)
-    vocabulary = corpus.tokenizer.get_vocab()
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
+
+
+def check_teachers(recipe: Recipe, corpus: Corpus) -> None:
+    """Look at what the teachers say of themselves, before weights are loaded."""
+    vocabulary = corpus.tokenizer.get_vocab()
+    for stage in recipe.stages:
         for field, place in stage.teachers().items() if isinstance(stage, Taught) else ():
             check_teacher(place, recipe.task, corpus.labels, vocabulary, field)
 

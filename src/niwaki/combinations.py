@@ -1,0 +1,151 @@
+"""What combines with what, asked of the rules that refuse a run before it starts: no table is kept by hand.
+
+python -m niwaki.combinations > docs/combinations.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+from niwaki.quiet import quiet_libraries
+
+quiet_libraries()
+
+from niwaki import compose  # noqa: E402
+from niwaki.catalogue import options  # noqa: E402
+from niwaki.errors import ConfigError  # noqa: E402
+from niwaki.model.tiny import FAMILIES  # noqa: E402
+from niwaki.pipeline import check_on_empty_model  # noqa: E402
+from niwaki.recipe import Recipe  # noqa: E402
+from niwaki.stage import refuse_conflicts  # noqa: E402
+
+LABELS = {"classification": ("no", "yes"), "ner": ("B-X", "I-X", "O")}  # by task; () for the others
+NEEDED = {"distill/logits": ["compression.logits.teacher=teacher"]}  # what an option cannot do without
+YES = "yes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """One choice of each axis, on a tiny model of a family."""
+
+    task: str = "classification"
+    family: str = "bert"
+    tuning: str = "full"
+    compression: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The defaults with these choices.
+
+        Raises:
+            ConfigError: an option cannot be built.
+        """
+        methods = {name.rpartition("/")[2]: option("compression", name) for name in self.compression}
+        return replace(
+            defaults(), task=option("task", self.task), model=option("model", f"tiny-{self.family}"),
+            tuning=option("tuning", self.tuning), compression=methods,
+        )  # fmt: skip
+
+    def refusal(self) -> str | None:
+        """Why this is refused, before any weight is loaded; None where it works."""
+        try:
+            recipe = self.recipe
+            refuse_conflicts(recipe.stages)
+            check_on_empty_model(recipe, LABELS.get(self.task, ()))
+        except ConfigError as error:
+            return str(error)
+        return None
+
+
+@cache
+def defaults() -> Recipe:
+    """The recipe without any override."""
+    return compose.build(compose.compose([]).config)
+
+
+@cache
+def option(axis: str, name: str) -> Any:
+    """One option of an axis, with its own defaults."""
+    many = axis in compose.GROUPS_OF_MANY
+    chosen = f"{axis}=[{name}]" if many else f"{axis}={name}"
+    found = getattr(compose.build(compose.compose([chosen, *NEEDED.get(name, [])]).config), axis)
+    return next(iter(found.values())) if many else found
+
+
+def names(axis: str) -> list[str]:
+    """The options of an axis."""
+    return [one.name for one in options(axis)]
+
+
+class Page:
+    """A markdown page of tables whose refusals point to a list of reasons."""
+
+    def __init__(self) -> None:
+        self.lines = [
+            "# What combines with what",
+            "",
+            "Written by `make docs` from the rules that refuse a run before any weight is loaded, with each option's",
+            "defaults and tiny models. A number is the reason for a refusal, below.",
+        ]
+        self._reasons: dict[str, int] = {}
+
+    def table(self, title: str, rows: Sequence[str], columns: Sequence[str], cell: Callable[..., Combination]) -> None:
+        """One table; `cell(row, column)` is what is asked."""
+        self.lines += ["", f"## {title}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for row in rows:
+            found = [self._answer(cell(row, column)) for column in columns]
+            self.lines.append(f"| {row} | " + " | ".join(found) + " |")
+
+    def text(self) -> str:
+        """The page, with its reasons."""
+        reasons = [f"{number}. {reason}" for reason, number in self._reasons.items()]
+        return "\n".join([*self.lines, "", "## Reasons", "", *reasons])
+
+    def _answer(self, combination: Combination) -> str:
+        reason = combination.refusal()
+        if reason is None:
+            return YES
+        return str(self._reasons.setdefault(reason, len(self._reasons) + 1))
+
+
+def page() -> str:
+    """Every tuning with every task, family and compression, and every pair of compressions."""
+    written, tunings, methods, tasks = Page(), names("tuning"), names("compression"), names("task")
+    for task in tasks:
+        written.table(
+            f"tuning x family, task={task}", tunings, list(FAMILIES),
+            lambda tuning, family, task=task: Combination(task=task, family=family, tuning=tuning),
+        )  # fmt: skip
+    written.table(
+        "tuning x compression", tunings, methods,
+        lambda tuning, method: Combination(tuning=tuning, compression=(method,)),
+    )  # fmt: skip
+    written.table(
+        "compression x compression", methods, methods,
+        lambda one, other: Combination(compression=tuple(dict.fromkeys((one, other)))),
+    )  # fmt: skip
+    return written.text()
+
+
+def everything(compressions: Sequence[tuple[str, ...]]) -> list[Combination]:
+    """Every task x family x tuning x one of these sets of compressions."""
+    return [
+        Combination(task=task, family=family, tuning=tuning, compression=methods)
+        for task in names("task")
+        for family in FAMILIES
+        for tuning in names("tuning")
+        for methods in compressions
+    ]
+
+
+def subsets(methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every set of these methods, the empty one first."""
+    return [chosen for count in range(len(methods) + 1) for chosen in combinations(methods, count)]
+
+
+if __name__ == "__main__":
+    print(page())
