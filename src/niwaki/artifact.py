@@ -120,7 +120,7 @@ def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, fold
     try:
         settings = dict(base_config)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        model = auto_class(task).from_config(config, dtype=torch.float32)
+        model = auto_class(task, config).from_config(config, dtype=torch.float32)
         for edit in edits:
             edit.apply(model)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -211,7 +211,7 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     for name, module in list(saved.model.named_modules()):
         if hasattr(module, "dequantized"):
             replace_by_linear(saved.model, name, module)
-    fresh = auto_class(task).from_config(with_labels(config, labels), dtype=torch.float32)
+    fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
     stored = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}

@@ -10,7 +10,6 @@ import torch
 
 from niwaki.errors import ConfigError
 from niwaki.model.tiny import FAMILIES, Tiny, pieces
-from niwaki.task.causal_lm import CausalLM
 from niwaki.task.classification import Classification
 
 
@@ -28,8 +27,8 @@ def test_nothing_is_read_from_the_network(family: str, monkeypatch: pytest.Monke
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    spec = Tiny(name=family, overrides={"hidden_size": 16})
-    assert spec.load(CausalLM(), (), 0).config.hidden_size == 16
+    spec = Tiny(name=family, overrides={"vocab_size": 200})
+    assert spec.load(Classification(), ("a", "b"), 0).config.vocab_size == 200
     assert spec.empty(Classification(), ("a",) * 3).num_labels == 3
 
 
@@ -47,5 +46,5 @@ def test_pairs_are_told_apart() -> None:
 
 
 def test_refusal() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.name='gpt': needs bert or llama"):
+    with pytest.raises(ConfigError, match=r"^model\.name='gpt': needs one of bert, llama, "):
         Tiny(name="gpt")

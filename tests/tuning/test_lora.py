@@ -15,8 +15,9 @@ from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import PARTS
 from niwaki.stage import refuse_conflicts
-from niwaki.tuning.lora import PARTS, LoRA
+from niwaki.tuning.lora import LoRA
 
 KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "classification"), ("llama", "causal_lm")]
 
@@ -30,10 +31,8 @@ def draw(model: nn.Module) -> None:
 
 
 def inside(anatomy: Any, parts: Sequence[str] = PARTS) -> dict[str, nn.Linear]:
-    """The linears of those parts, read off block by block."""
-    leaves = [getattr(anatomy.family, part) for part in parts if getattr(anatomy.family, part)]
-    prefix = f"{anatomy.prefix}{anatomy.family.blocks}"
-    return {f"{prefix}.{i}.{x}": b.get_submodule(x) for i, b in enumerate(anatomy.blocks) for x in leaves}
+    """The linears of those parts."""
+    return {name: anatomy.model.get_submodule(name) for name in anatomy.part_names(parts)}
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)

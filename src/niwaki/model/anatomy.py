@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,38 +17,60 @@ from torch import nn
 from niwaki.errors import ConfigError
 from niwaki.weights import shared_parameters
 
+PARTS = ("query", "key", "value", "output", "feed_in", "feed_gate", "feed_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Blocks that follow each other. `blocks` is relative to the backbone, the other names to a block.
+
+    `linears` holds the linears of a block in the order in which data flows, and the parts that each plays: one, or
+    several at once where they are fused ("query key value"). Cross attention plays the same parts again.
+    """
+
+    blocks: str
+    attention: str
+    attention_norm: str
+    feed_norm: str
+    linears: Mapping[str, str]
+    optional: frozenset[str] = frozenset()  # linears that only some models of the family have
+    cross_attention: str | None = None
+    cross_norm: str | None = None
+    count: str = "num_hidden_layers"  # the field of the config with the number of blocks
+    first: str | None = None  # why block 0 has to stay the first one
+
+    def __post_init__(self) -> None:
+        assert all(set(parts.split()) <= set(PARTS) for parts in self.linears.values())
+        assert self.optional <= set(self.linears)
+
+
+def table_of_positions(config: Any) -> int | None:
+    """As many positions as the config says; None where it sets no bound."""
+    return getattr(config, "max_position_embeddings", None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Names of the parts; those of a block are relative to the block, the others to the backbone."""
+    """One stack of blocks, or several in the order in which data flows. A model may lack one: a decoder alone."""
 
-    blocks: str
-    query: str
-    key: str
-    value: str
-    output: str
-    feed_in: str
-    feed_out: str
-    feed_gate: str | None = None
-    attention_norm: str
-    feed_norm: str
-    embeddings: str
-    pooler: str | None = None
-    attention: str  # the module of a block that holds `layer_idx`
+    stacks: tuple[Stack, ...]
     causal: bool  # a position sees only those before it
-    positions_after_padding: bool = False  # position numbers start behind that of the padding token
+    pooler: str | None = None  # of the backbone; above the blocks
+    positions: Callable[[Any], int | None] = table_of_positions  # config -> tokens that can be read at once
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The linears of a block, in the order in which data flows."""
-        names = (self.query, self.key, self.value, self.output, self.feed_gate, self.feed_in, self.feed_out)
-        return tuple(name for name in names if name)
+
+def file_of(model_type: str) -> str:
+    """The file in `families/` that describes this `model_type`; a name of a module has no hyphen."""
+    return model_type.replace("-", "_")
 
 
 def known_families() -> list[str]:
     """The model types that have a family file."""
+    from transformers import CONFIG_MAPPING
+
     folder = importlib.import_module("niwaki.model.families")
-    return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
+    files = {module.name for module in pkgutil.iter_modules(folder.__path__)}
+    return sorted(kind for kind in CONFIG_MAPPING if file_of(kind) in files)
 
 
 def family_of(config: Any) -> Family:
@@ -57,13 +79,13 @@ def family_of(config: Any) -> Family:
     Raises:
         ConfigError: no file in `families/` describes this `model_type`.
     """
-    known = known_families()
+    known, file = known_families(), file_of(config.model_type)
     if config.model_type not in known:
         raise ConfigError(
             f"model: the family {config.model_type!r} is not known; known: {', '.join(known)} "
-            f"(add src/niwaki/model/families/{config.model_type}.py to describe it)"
+            f"(add src/niwaki/model/families/{file}.py to describe it)"
         )
-    return importlib.import_module(f"niwaki.model.families.{config.model_type}").FAMILY
+    return importlib.import_module(f"niwaki.model.families.{file}").FAMILY
 
 
 @dataclass(frozen=True)
@@ -89,12 +111,27 @@ class Anatomy:
         return "" if self.backbone is self.model else f"{self.model.base_model_prefix}."
 
     @property
+    def stacks(self) -> list[Stack]:
+        """The stacks that this model has."""
+        return [stack for stack in self.family.stacks if holds(self.backbone, stack.blocks)]
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        return self.backbone.get_submodule(self.family.blocks)  # type: ignore[return-value]
+        """All blocks of all stacks, in order."""
+        return nn.ModuleList(block for _, _, block in self.named_blocks())
+
+    def named_blocks(self) -> Iterator[tuple[str, Stack, nn.Module]]:
+        """(full name, stack, block) of each block, in order."""
+        for stack in self.stacks:
+            for index, block in enumerate(self.blocks_of(stack)):
+                yield f"{self.prefix}{stack.blocks}.{index}", stack, block
+
+    def blocks_of(self, stack: Stack) -> nn.ModuleList:
+        return self.backbone.get_submodule(stack.blocks)  # type: ignore[return-value]
 
     @property
     def embeddings(self) -> nn.Embedding:
-        return self.backbone.get_submodule(self.family.embeddings)  # type: ignore[return-value]
+        return self.model.get_input_embeddings()  # type: ignore[operator]
 
     @property
     def causal(self) -> bool:
@@ -104,22 +141,28 @@ class Anatomy:
     @property
     def positions(self) -> int | None:
         """The tokens that the model can read at once; None where its config sets no bound."""
-        config: Any = self.model.config
-        count: int | None = getattr(config, "max_position_embeddings", None)
-        if count is None or not self.family.positions_after_padding:
-            return count
-        return count - config.pad_token_id - 1
+        return self.family.positions(self.model.config)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them."""
+        """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them. Where
+        a layer that grew later stands in place of a linear, those inside of it."""
+        return {name: linear for name, _, linear in self._played()}
+
+    def part_names(self, parts: Iterable[str]) -> list[str]:
+        """The full names of the linears of all blocks that play one of these `PARTS`."""
+        wanted = set(parts)
+        return [name for name, played, _ in self._played() if wanted & played]
+
+    def _played(self) -> Iterator[tuple[str, set[str], nn.Linear]]:
+        """(full name, parts that it plays, linear) of each linear of the blocks, in the order in which data flows."""
         tied = shared_parameters(self.model)
-        found = {}
-        for index, block in enumerate(self.blocks):
-            for name in self.family.linears:
-                linear = block.get_submodule(name)
-                if id(linear.weight) not in tied:
-                    found[f"{self.prefix}{self.family.blocks}.{index}.{name}"] = linear
-        return found  # type: ignore[return-value]
+        for place, stack, block in self.named_blocks():
+            for part, played in stack.linears.items():
+                if part in stack.optional and not holds(block, part):
+                    continue
+                for inner, linear in block.get_submodule(part).named_modules():
+                    if isinstance(linear, nn.Linear) and id(linear.weight) not in tied:
+                        yield ".".join(filter(None, (place, part, inner))), set(played.split()), linear
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of everything above the blocks: pooler and task head; a tied output layer counts as head."""
@@ -135,23 +178,48 @@ class Anatomy:
         return head
 
     def keep_blocks(self, indices: Sequence[int]) -> None:
-        """Keep only these blocks, in this order; the config follows.
+        """Keep only these blocks of every stack, in this order; the config follows.
 
         Raises:
-            ConfigError: an index is out of range, or given twice.
+            ConfigError: an index is out of range, or given twice; the stacks differ in depth; or block 0, which
+                alone holds something that all need, would not stay the first.
         """
-        count = len(self.blocks)
-        wrong = [i for i in indices if not 0 <= i < count]
-        if wrong or not indices or len(set(indices)) != len(indices):
-            raise ConfigError(f"model.layers={list(indices)}: needs different layer numbers in 0..{count - 1}")
-        kept = nn.ModuleList([self.blocks[i] for i in indices])
-        for position, block in enumerate(kept):
-            attention = block.get_submodule(self.family.attention)
-            if hasattr(attention, "layer_idx"):
-                attention.layer_idx = position  # type: ignore[assignment]
-        parent, _, leaf = self.family.blocks.rpartition(".")
-        setattr(self.backbone.get_submodule(parent), leaf, kept)
+        self._check_kept(indices)
         config: Any = self.model.config
-        config.num_hidden_layers = len(kept)
+        for stack in self.stacks:
+            blocks = self.blocks_of(stack)
+            kept = nn.ModuleList([blocks[i] for i in indices])
+            for position, block in enumerate(kept):
+                for module in block.modules():
+                    if hasattr(module, "layer_idx"):
+                        module.layer_idx = position  # type: ignore[assignment]
+            parent, _, leaf = stack.blocks.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), leaf, kept)
+            setattr(config, stack.count, len(kept))
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[i] for i in indices]
+
+    def _check_kept(self, indices: Sequence[int]) -> None:
+        setting = f"model.layers={list(indices)}"
+        counts = [len(self.blocks_of(stack)) for stack in self.stacks]
+        if len(set(counts)) > 1:
+            raise ConfigError(
+                f"{setting}: counts in every stack of the model alike, and they have {' and '.join(map(str, counts))} "
+                "blocks; leave it null"
+            )
+        wrong = [i for i in indices if not 0 <= i < counts[0]]
+        if wrong or not indices or len(set(indices)) != len(indices):
+            raise ConfigError(f"{setting}: needs different layer numbers in 0..{counts[0] - 1}")
+        reason = next((stack.first for stack in self.stacks if stack.first), None)
+        if reason and indices[0] != 0:
+            raise ConfigError(f"{setting}: needs 0 as the first, since {reason}")
+
+
+def holds(module: nn.Module, name: str) -> bool:
+    """Whether there is a submodule of this name."""
+    for step in name.split("."):
+        child = module._modules.get(step)
+        if child is None:
+            return False
+        module = child
+    return True

@@ -12,7 +12,7 @@ import torch
 
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError, UserError
-from niwaki.model.anatomy import Anatomy
+from niwaki.model.anatomy import Anatomy, known_families
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -74,6 +74,8 @@ class Pretrained:
             tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
         if tokenizer.pad_token_id is None:
             raise ConfigError(f"model.name={self.name!r}: its tokenizer has neither a padding token nor an end token")
+        if not has_segments(self.config()):
+            tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
         return tokenizer
 
     def config(self) -> Any:
@@ -100,8 +102,9 @@ class Pretrained:
 
     def empty(self, task: Task, labels: Sequence[str]) -> Any:
         """The model with its head on the meta device: shapes without weights."""
+        config = with_labels(self.config(), labels)
         with torch.device("meta"):
-            model = auto_class(task).from_config(with_labels(self.config(), labels))
+            model = auto_class(task, config).from_config(config)
         self.cut(model)
         return model
 
@@ -117,11 +120,12 @@ class Pretrained:
         if artifact.is_artifact(self.place):
             model, gaps = artifact.load_dense(self.place, task, labels, self.config())
         else:
+            config = with_labels(self.config(), labels)
             model, report = self._try(
-                lambda: auto_class(task).from_pretrained(
+                lambda: auto_class(task, config).from_pretrained(
                     self.place,
                     revision=self.revision,
-                    config=with_labels(self.config(), labels),
+                    config=config,
                     dtype=torch.float32,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
@@ -191,11 +195,34 @@ def located(name: str, field: str) -> str:
     return name
 
 
-def auto_class(task: Task) -> Any:
-    """The transformers class that holds this task's head."""
+def auto_class(task: Task, config: Any) -> Any:
+    """The transformers class that makes a model with this task's head.
+
+    Raises:
+        ConfigError: there is no such model of this family.
+    """
     import transformers
 
+    if not has_head(task, type(config)):
+        others = [kind for kind in known_families() if has_head(task, transformers.CONFIG_MAPPING[kind])]
+        raise ConfigError(
+            f"task={task.name}: transformers has no {config.model_type} model for this task; it has one for "
+            f"{', '.join(others)}"
+        )
     return getattr(transformers, task.auto_class)
+
+
+def has_head(task: Task, config_class: type) -> bool:
+    """Whether transformers has a model with this task's head for the family of this config."""
+    import transformers
+
+    return config_class in getattr(transformers, task.auto_class)._model_mapping
+
+
+def has_segments(config: Any) -> bool:
+    """Whether the model tells the two texts of a pair apart by `token_type_ids`; others would not take them, or
+    would take them for something else."""
+    return int(getattr(config, "type_vocab_size", 0)) > 1
 
 
 def with_labels(config: Any, labels: Sequence[str]) -> Any:
@@ -208,5 +235,6 @@ def with_labels(config: Any, labels: Sequence[str]) -> Any:
 
 
 def dropouts(config: Any) -> list[str]:
-    """The fields of a config that hold a dropout probability."""
-    return [name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, int | float)]
+    """The fields of a config that hold a dropout probability; `layerdrop` leaves out whole blocks, and is none."""
+    fields = config.to_dict().items()
+    return [n for n, value in fields if "drop" in n and "layerdrop" not in n and isinstance(value, int | float)]

@@ -74,7 +74,9 @@ def load_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict
         return artifact.load(place).model
     spec = Pretrained(name=place)
     teacher, report = spec._try(
-        lambda: auto_class(task).from_pretrained(spec.place, dtype=torch.float32, output_loading_info=True)
+        lambda: auto_class(task, spec.config()).from_pretrained(
+            spec.place, dtype=torch.float32, output_loading_info=True
+        )
     )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])[0]

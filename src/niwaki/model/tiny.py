@@ -10,17 +10,28 @@ from typing import Any
 import torch
 
 from niwaki.errors import ConfigError
-from niwaki.model.load import Pretrained, auto_class, with_labels
+from niwaki.model.load import Pretrained, auto_class, has_segments, with_labels
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+POSITIONS = {"max_position_embeddings": 512}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": {"max_position_embeddings": 512},
+    "bert": POSITIONS,
     "llama": {
-        "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
-        "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+        **POSITIONS, **TOKENS, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
+        "tie_word_embeddings": True,
     },
+    "distilbert": {**POSITIONS, "hidden_dim": 64},
+    "electra": {**POSITIONS, "embedding_size": 16},
+    # Versions 2 and 3 share the attention's linears between text and relative positions.
+    "deberta-v2": {
+        **POSITIONS, "relative_attention": True, "position_buckets": 16, "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+    },
+    "modernbert": {**POSITIONS, **TOKENS, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 8},
+    "qwen3": {**POSITIONS, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
 }  # fmt: skip
 
 
@@ -34,7 +45,7 @@ class Tiny(Pretrained):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name not in FAMILIES:
-            raise ConfigError(f"model.name={self.name!r}: needs {' or '.join(FAMILIES)}")
+            raise ConfigError(f"model.name={self.name!r}: needs one of {', '.join(FAMILIES)}")
 
     @property
     def place(self) -> str:
@@ -53,7 +64,7 @@ class Tiny(Pretrained):
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
         )
-        segments = ["token_type_ids"] if getattr(self.config(), "type_vocab_size", 1) > 1 else []
+        segments = ["token_type_ids"] if has_segments(self.config()) else []
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
             mask_token="[MASK]", bos_token="[CLS]", eos_token="[SEP]", model_max_length=512,
@@ -63,12 +74,14 @@ class Tiny(Pretrained):
     def config(self) -> Any:
         from transformers import AutoConfig
 
-        config = AutoConfig.for_model(self.name, vocab_size=len(pieces()), **SIZES, **FAMILIES[self.name])
-        return self.changed(config)
+        plain = AutoConfig.for_model(self.name)
+        sizes = {name: value for name, value in SIZES.items() if hasattr(plain, name)}
+        return self.changed(AutoConfig.for_model(self.name, vocab_size=len(pieces()), **sizes, **FAMILIES[self.name]))
 
     def load(self, task: Any, labels: Sequence[str], seed: int) -> Any:
         torch.manual_seed(seed)
-        model = auto_class(task).from_config(with_labels(self.config(), labels), dtype=torch.float32)
+        config = with_labels(self.config(), labels)
+        model = auto_class(task, config).from_config(config, dtype=torch.float32)
         return self.padded(model).eval()
 
 

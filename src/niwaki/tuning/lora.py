@@ -10,10 +10,8 @@ from torch import nn
 
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
-from niwaki.model.anatomy import Anatomy
+from niwaki.model.anatomy import PARTS, Anatomy
 from niwaki.stage import Context, Effects, Stage, Tuning
-
-PARTS = ("query", "key", "value", "output", "feed_in", "feed_gate", "feed_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class LoRA(Tuning):
         return None
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        if not self._names(anatomy):
+        if not anatomy.part_names(self.parts):
             raise ConfigError(f"tuning.parts={list(self.parts)}: this family of models has none of them")
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
@@ -66,7 +64,7 @@ class LoRA(Tuning):
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             use_rslora=self.rank_stabilized,
-            target_modules=self._names(context.anatomy),
+            target_modules=context.anatomy.part_names(self.parts),
         )
         head = list(context.anatomy.head_parameters().values()) if context.head_learns else []
         inject(model, config)
@@ -84,8 +82,3 @@ class LoRA(Tuning):
 
         unload(model)
         return []
-
-    def _names(self, anatomy: Anatomy) -> list[str]:
-        wanted = {getattr(anatomy.family, part) for part in self.parts} - {None}
-        blocks = f"{anatomy.prefix}{anatomy.family.blocks}."
-        return [n for n in anatomy.linears() if n.removeprefix(blocks).partition(".")[2] in wanted]

@@ -1,19 +1,24 @@
 """BERT (Devlin et al. 2019, arXiv:1810.04805)."""
 
-from niwaki.model.anatomy import Family
+from niwaki.model.anatomy import Family, Stack
 
 FAMILY = Family(
-    blocks="encoder.layer",
-    attention="attention.self",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    output="attention.output.dense",
-    feed_in="intermediate.dense",
-    feed_out="output.dense",
-    attention_norm="attention.output.LayerNorm",
-    feed_norm="output.LayerNorm",
-    embeddings="embeddings.word_embeddings",
+    stacks=(
+        Stack(
+            blocks="encoder.layer",
+            attention="attention.self",
+            attention_norm="attention.output.LayerNorm",
+            feed_norm="output.LayerNorm",
+            linears={
+                "attention.self.query": "query",
+                "attention.self.key": "key",
+                "attention.self.value": "value",
+                "attention.output.dense": "output",
+                "intermediate.dense": "feed_in",
+                "output.dense": "feed_out",
+            },
+        ),
+    ),
     pooler="pooler",
     causal=False,
 )
