@@ -204,7 +204,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
     """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
     integers become fp32 weights again; a head for another task or other labels is left behind for a fresh one."""
-    from niwaki.model.anatomy import Anatomy
+    from niwaki.model.anatomy import Anatomy, adapt
     from niwaki.model.load import auto_class, with_labels
 
     saved = load(place)
@@ -212,13 +212,21 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
         if hasattr(module, "dequantized"):
             replace_by_linear(saved.model, name, module)
     fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
+    adapt(fresh)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
-    stored = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
-    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
-    fitting = {name: tensor for name, tensor in stored.items() if shapes.get(name) == tensor.shape}
-    fresh.load_state_dict(fitting, strict=False)
-    return fresh, set(shapes) - set(fitting)
+    stored = {f"{prefix}{name}": tensor for name, tensor in tensors(source).items()}
+    places = tensors(fresh)
+    fitting = [name for name, place in places.items() if name in stored and stored[name].shape == place.shape]
+    with torch.no_grad():
+        for name in fitting:
+            places[name].copy_(stored[name])
+    return fresh, set(places) - set(fitting)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers as the modules hold them, which a state dict may show in another layout."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:

@@ -29,7 +29,7 @@ def test_nothing_is_read_from_the_network(family: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(socket.socket, "connect", refuse)
     spec = Tiny(name=family, overrides={"vocab_size": 200})
     assert spec.load(Classification(), ("a", "b"), 0).config.vocab_size == 200
-    assert spec.empty(Classification(), ("a",) * 3).num_labels == 3
+    assert spec.empty(Classification(), ("a",) * 3).config.num_labels == 3
 
 
 def test_the_tokenizer_reads_every_character_it_has() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.weights import shared_parameters
 
@@ -22,7 +23,8 @@ PARTS = ("query", "key", "value", "output", "feed_in", "feed_gate", "feed_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Blocks that follow each other. `blocks` is relative to the backbone, the other names to a block.
+    """Blocks that follow each other. `blocks` is relative to the backbone (a `*` in it stands for every member of a
+    list), the other names to a block.
 
     `linears` holds the linears of a block in the order in which data flows, and the parts that each plays: one, or
     several at once where they are fused ("query key value"). Cross attention plays the same parts again.
@@ -56,7 +58,10 @@ class Family:
     stacks: tuple[Stack, ...]
     causal: bool  # a position sees only those before it
     pooler: str | None = None  # of the backbone; above the blocks
+    reads_end: bool = False  # the head of its classifier reads the last end token of a row
     positions: Callable[[Any], int | None] = table_of_positions  # config -> tokens that can be read at once
+    fixed: Callable[[Any], str | None] = lambda config: None  # config -> why no block can be left out
+    edits: Callable[[Any], list[Edit]] = lambda config: []  # config -> what a model is changed to when it is loaded
 
 
 def file_of(model_type: str) -> str:
@@ -88,6 +93,14 @@ def family_of(config: Any) -> Family:
     return importlib.import_module(f"niwaki.model.families.{file}").FAMILY
 
 
+def adapt(model: Any) -> list[Edit]:
+    """Change a loaded model into what its family needs it to be; a second time nothing changes. Returns the edits."""
+    edits = family_of(model.config).edits(model.config)
+    for edit in edits:
+        edit.apply(model)
+    return edits
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of one model."""
@@ -113,7 +126,7 @@ class Anatomy:
     @property
     def stacks(self) -> list[Stack]:
         """The stacks that this model has."""
-        return [stack for stack in self.family.stacks if holds(self.backbone, stack.blocks)]
+        return [stack for stack in self.family.stacks if self._lists_of(stack)]
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -123,11 +136,21 @@ class Anatomy:
     def named_blocks(self) -> Iterator[tuple[str, Stack, nn.Module]]:
         """(full name, stack, block) of each block, in order."""
         for stack in self.stacks:
-            for index, block in enumerate(self.blocks_of(stack)):
-                yield f"{self.prefix}{stack.blocks}.{index}", stack, block
+            for name in self._lists_of(stack):
+                for index, block in self.backbone.get_submodule(name).named_children():
+                    yield f"{self.prefix}{name}.{index}", stack, block
 
-    def blocks_of(self, stack: Stack) -> nn.ModuleList:
-        return self.backbone.get_submodule(stack.blocks)  # type: ignore[return-value]
+    def blocks_of(self, stack: Stack) -> list[nn.Module]:
+        """The blocks of one stack, in order."""
+        return [block for _, its, block in self.named_blocks() if its is stack]
+
+    def _lists_of(self, stack: Stack) -> list[str]:
+        """The lists of the backbone that hold the blocks of a stack; none where this model lacks it."""
+        above, star, inner = stack.blocks.partition(".*.")
+        if not holds(self.backbone, above):
+            return []
+        members = self.backbone.get_submodule(above).named_children() if star else ()
+        return [f"{above}.{index}.{inner}" for index, _ in members] if star else [above]
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -181,8 +204,8 @@ class Anatomy:
         """Keep only these blocks of every stack, in this order; the config follows.
 
         Raises:
-            ConfigError: an index is out of range, or given twice; the stacks differ in depth; or block 0, which
-                alone holds something that all need, would not stay the first.
+            ConfigError: an index is out of range, or given twice; the stacks differ in depth; the family has blocks
+                that cannot be left out, or block 0, which differs from all others, would not stay the first.
         """
         self._check_kept(indices)
         config: Any = self.model.config
@@ -193,14 +216,19 @@ class Anatomy:
                 for module in block.modules():
                     if hasattr(module, "layer_idx"):
                         module.layer_idx = position  # type: ignore[assignment]
-            parent, _, leaf = stack.blocks.rpartition(".")
-            setattr(self.backbone.get_submodule(parent), leaf, kept)
+            above, _, leaf = stack.blocks.rpartition(".")
+            parent: Any = self.backbone.get_submodule(above)
+            setattr(parent, leaf, kept)
             setattr(config, stack.count, len(kept))
+            if getattr(parent, "config", config) is not config:  # T5's stacks have a copy of their own
+                parent.config.num_hidden_layers = len(kept)
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[i] for i in indices]
 
     def _check_kept(self, indices: Sequence[int]) -> None:
         setting = f"model.layers={list(indices)}"
+        if reason := self.family.fixed(self.model.config):
+            raise ConfigError(f"{setting}: {reason}, so none can be left out; leave it null")
         counts = [len(self.blocks_of(stack)) for stack in self.stacks]
         if len(set(counts)) > 1:
             raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError, UserError
-from niwaki.model.anatomy import Anatomy, known_families
+from niwaki.model.anatomy import Anatomy, adapt
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -132,6 +132,7 @@ class Pretrained:
                 )
             )
             gaps = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+            adapt(model)
         self.refuse_gaps(model, gaps, task)
         return self.padded(model).eval()
 
@@ -154,10 +155,11 @@ class Pretrained:
         return model
 
     def cut(self, model: Any) -> list[Edit]:
-        """Keep the blocks that `layers` names; returns the edits that did it."""
-        edits: list[Edit] = [] if self.layers is None else [KeepBlocks(blocks=list(self.layers))]
-        for edit in edits:
-            edit.apply(model)
+        """Keep the blocks that `layers` names; returns the edits that rebuild the model, those of its family first."""
+        edits = adapt(model)
+        if self.layers is not None:
+            edits.append(KeepBlocks(blocks=list(self.layers)))
+            edits[-1].apply(model)
         return edits
 
     def _try(self, load: Any) -> Any:
@@ -204,10 +206,9 @@ def auto_class(task: Task, config: Any) -> Any:
     import transformers
 
     if not has_head(task, type(config)):
-        others = [kind for kind in known_families() if has_head(task, transformers.CONFIG_MAPPING[kind])]
         raise ConfigError(
-            f"task={task.name}: transformers has no {config.model_type} model for this task; it has one for "
-            f"{', '.join(others)}"
+            f"task={task.name}: transformers has no {config.model_type} model for this task; choose a model of another "
+            "family, or another task"
         )
     return getattr(transformers, task.auto_class)
 

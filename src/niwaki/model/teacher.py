@@ -10,6 +10,7 @@ import torch
 
 from niwaki import artifact
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import adapt
 from niwaki.model.load import Pretrained, auto_class, located
 
 if TYPE_CHECKING:
@@ -81,4 +82,5 @@ def load_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])[0]
         raise ConfigError(f"{field}={place!r}: has no trained head for the task {task.name} ({missing} is missing)")
+    adapt(teacher)
     return spec.padded(teacher)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import adapt
 from niwaki.model.load import Pretrained, auto_class, has_segments, with_labels
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -32,6 +33,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "modernbert": {**POSITIONS, **TOKENS, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 8},
     "qwen3": {**POSITIONS, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "albert": {**POSITIONS, **TOKENS, "embedding_size": 16},
+    "gpt2": {"n_positions": 512, "n_inner": 64, **TOKENS},
+    "bart": {
+        **POSITIONS, **TOKENS, "encoder_ffn_dim": 64, "decoder_layers": 3, "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 64, "decoder_start_token_id": 3, "forced_eos_token_id": None,
+    },
+    "t5": {
+        "d_kv": 8, "d_ff": 64, "num_decoder_layers": 3, "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 32, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0,
+    },
 }  # fmt: skip
 
 
@@ -82,6 +93,7 @@ class Tiny(Pretrained):
         torch.manual_seed(seed)
         config = with_labels(self.config(), labels)
         model = auto_class(task, config).from_config(config, dtype=torch.float32)
+        adapt(model)
         return self.padded(model).eval()
 
 

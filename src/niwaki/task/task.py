@@ -71,7 +71,7 @@ class Task(abc.ABC):
         if self.causal and not anatomy.causal:
             kind = anatomy.model.config.model_type  # type: ignore[union-attr]
             raise ConfigError(
-                f"task={self.name}: needs a model that reads from left to right, and a {kind} sees the whole text; "
+                f"task={self.name}: needs a model that reads from left to right, and {kind} sees the whole text; "
                 "try model=tiny-llama, or name a causal model by model=pretrained model.name=..."
             )
         if anatomy.positions is not None and self.max_length > anatomy.positions:

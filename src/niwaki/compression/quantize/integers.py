@@ -143,6 +143,7 @@ class IntegerLinear(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    weight = None  # T5 asks for the type of a linear's weight, where it has one
 
     def __init__(
         self, in_features: int, out_features: int, *, bits: int, group: int | None,
