@@ -77,6 +77,8 @@ def test_special_tokens_tell_tokenizers_apart() -> None:
     assert tokenizer_hash(one) == tokenizer_hash(other)
     other.bos_token = "[MASK]"
     assert tokenizer_hash(one) != tokenizer_hash(other)
+    one.split_special_tokens = True
+    assert tokenizer_hash(one) not in (tokenizer_hash(other), tokenizer_hash(Tiny().tokenizer()))
 
 
 def contents(folder: Path) -> Mapping[str, int]:

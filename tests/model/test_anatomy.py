@@ -18,6 +18,7 @@ from niwaki.model.tiny import FAMILIES, Tiny
 from niwaki.task.causal_lm import CausalLM
 from niwaki.task.classification import Classification
 from niwaki.task.ner import NER
+from niwaki.weights import replace_module
 
 KINDS = [
     (family, task.name)
@@ -90,6 +91,84 @@ def test_known_families_and_the_refusal_of_others() -> None:
         family_of(SimpleNamespace(model_type="mamba"))
 
 
+class Adapted(nn.Module):
+    """A layer that grew in place of a linear."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.adapter = nn.Sequential(nn.Linear(linear.out_features, 2), nn.ReLU(), nn.Linear(2, linear.out_features))
+
+
+@pytest.mark.parametrize(("family", "place"), [("bert", "output.dense"), ("gpt2", "mlp.c_proj")])
+def test_linears_inside_of_a_layer_that_grew(setting: Callable[..., Any], family: str, place: str) -> None:
+    anatomy = anatomy_of(setting, family, "classification")
+    before = list(anatomy.linears())
+    for block in anatomy.blocks:
+        replace_module(block, place, Adapted(block.get_submodule(place)))  # type: ignore[arg-type]
+    expected = []
+    for name in before:
+        grown = name.endswith(f".{place}") and ".attention." not in name
+        expected += [f"{name}.{inner}" for inner in ("linear", "adapter.0", "adapter.2")] if grown else [name]
+    assert list(anatomy.linears()) == expected
+    assert all(anatomy.model.get_submodule(name) is linear for name, linear in anatomy.linears().items())
+    assert anatomy.part_names(["feed_out"]) == [name for name in expected if f".{place}." in name]
+
+
+def test_the_linears_of_given_parts(setting: Callable[..., Any]) -> None:
+    bert = anatomy_of(setting, "bert", "ner")
+    assert bert.part_names(["value", "query"]) == [
+        f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(3) for part in ("query", "value")
+    ]
+    fused = anatomy_of(setting, "gpt2", "ner")
+    assert (
+        fused.part_names(["value", "query"])
+        == fused.part_names(["key"])
+        == [f"transformer.h.{i}.attn.c_attn" for i in range(3)]
+    )
+    assert fused.part_names(["feed_gate"]) == []
+    gated = anatomy_of(setting, "modernbert", "ner")
+    assert (
+        gated.part_names(["feed_gate"])
+        == gated.part_names(["feed_in"])
+        == [f"model.layers.{i}.mlp.Wi" for i in range(3)]
+    )
+
+
+HEADS = {
+    ("distilbert", "classification"): "pre_classifier.* classifier.*",
+    ("distilbert", "ner"): "classifier.*",
+    ("electra", "classification"): "classifier.dense.* classifier.out_proj.*",
+    ("electra", "ner"): "classifier.*",
+    ("deberta-v2", "classification"): "pooler.dense.* classifier.*",
+    ("deberta-v2", "ner"): "classifier.*",
+    ("modernbert", "classification"): "head.dense.weight head.norm.weight classifier.*",
+    ("modernbert", "ner"): "head.dense.weight head.norm.weight classifier.*",
+    ("qwen3", "classification"): "score.weight",
+    ("qwen3", "ner"): "score.*",
+    ("albert", "classification"): "albert.pooler.* classifier.*",
+    ("albert", "ner"): "classifier.*",
+    ("gpt2", "classification"): "score.weight",
+    ("gpt2", "ner"): "classifier.*",
+    ("bart", "classification"): "classification_head.dense.* classification_head.out_proj.*",
+    ("t5", "classification"): "classification_head.dense.* classification_head.out_proj.*",
+    ("t5", "ner"): "classifier.*",
+}
+
+
+@pytest.mark.parametrize(("kind", "names"), HEADS.items(), ids=lambda value: "-".join(value) if len(value) == 2 else "")
+def test_the_head_of_every_family(setting: Callable[..., Any], kind: tuple[str, str], names: str) -> None:
+    expected = {full for name in names.split() for full in (name.replace("*", "weight"), name.replace("*", "bias"))}
+    head = anatomy_of(setting, *kind).head_parameters()
+    assert set(head) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bart"])
+def test_a_tied_output_is_the_head_of_a_language_model(setting: Callable[..., Any], family: str) -> None:
+    anatomy = anatomy_of(setting, family, "causal_lm")
+    assert [id(p) for p in anatomy.head_parameters().values()] == [id(anatomy.embeddings.weight)]
+
+
 @pytest.mark.parametrize("kind", ["roberta", "qwen2"])
 def test_families_under_shared_names_fit_their_models(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -118,8 +197,9 @@ def test_kept_blocks_compute_what_they_did(setting: Callable[..., Any], family: 
         handle.remove()
 
 
-def test_a_cut_language_model_still_writes(setting: Callable[..., Any]) -> None:
-    one = setting("llama", "causal_lm")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bart"])
+def test_a_cut_language_model_still_writes(setting: Callable[..., Any], family: str) -> None:
+    one = setting(family, "causal_lm")
     Anatomy.of(one.model).keep_blocks([1, 2])
     ids = one.tokenizer("a tree", return_tensors="pt", add_special_tokens=False)["input_ids"]
     # The cache finds its layers by `layer_idx`: with and without it the same is written.
@@ -138,17 +218,17 @@ def test_blocks_that_are_not_there(setting: Callable[..., Any], indices: list[in
         Anatomy.of(setting().model).keep_blocks(indices)
 
 
-def test_who_reads_from_left_to_right(setting: Callable[..., Any]) -> None:
-    anatomies = {family: anatomy_of(setting, family, "causal_lm") for family in ("bert", "llama")}
-    for family, anatomy in anatomies.items():
-        ids = torch.randint(5, 60, (1, 6), generator=torch.Generator().manual_seed(0))
-        other = ids.clone()
-        other[0, -1] += 1
-        with torch.no_grad():
-            first, second = (anatomy.model.eval()(input_ids=one).logits[0, :-1] for one in (ids, other))
-        assert anatomy.causal is (family == "llama") is torch.equal(first, second)
-    anatomies["bert"].model.config.is_decoder = True  # type: ignore[union-attr]
-    assert anatomies["bert"].causal
+@pytest.mark.parametrize("family", [family for family, task in KINDS if task == "causal_lm"])
+def test_who_reads_from_left_to_right(setting: Callable[..., Any], family: str) -> None:
+    anatomy = anatomy_of(setting, family, "causal_lm")
+    ids = torch.randint(5, 60, (1, 6), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, -1] += 1
+    with torch.no_grad():
+        first, second = (anatomy.model.eval()(input_ids=one).logits[0, :-1] for one in (ids, other))
+    assert anatomy.causal is (family not in {"bert", "electra"}) is torch.equal(first, second)
+    anatomy.model.config.is_decoder = True  # type: ignore[union-attr]
+    assert anatomy.causal
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -165,3 +245,16 @@ def test_positions_are_what_the_model_can_read(kind: str) -> None:
     model(input_ids=torch.full((1, count), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, count + 1), 5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_every_family(setting: Callable[..., Any], family: str) -> None:
+    anatomy = anatomy_of(setting, family, "classification")
+    count = anatomy.positions
+    assert count == (None if family in {"t5", "deberta-v2"} else 512)
+    ids = torch.full((1, 513), 5)
+    ids[:, [511, 512]] = 3  # the end
+    anatomy.model(input_ids=ids[:, : count or 513])
+    if family in {"bert", "distilbert", "electra", "albert", "gpt2", "bart"}:  # have a table of positions
+        with pytest.raises((IndexError, RuntimeError)):
+            anatomy.model(input_ids=ids)

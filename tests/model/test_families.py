@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from niwaki import artifact, compose, pipeline
+from niwaki import artifact, compose, inference, pipeline
 from niwaki.compression.quantize.integers import IntegerLinear
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import PARTS, Anatomy, adapt, known_families
@@ -105,6 +105,9 @@ def test_from_config_to_artifact(family: str, task: str, tuning: str, files: dic
         assert isinstance(saved.model.get_submodule(name), IntegerLinear)
         assert row["bits"] == 8
         assert row["sparsity"] >= 0.5
+    texts = [{"text": "a red rose"}, {"text": "b"}]
+    found = list(inference.answers(saved, texts, 2))
+    assert [row["text"] for row in found] == ["a red rose", "b"]
 
 
 @pytest.mark.parametrize(("family", "task"), KINDS)

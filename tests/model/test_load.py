@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from niwaki import artifact
 from niwaki.errors import ConfigError
@@ -217,3 +218,22 @@ def test_a_tokenizer_that_can_pad_with_nothing(folder: Path, monkeypatch: pytest
     )
     with pytest.raises(ConfigError, match="neither a padding token nor an end token"):
         spec.tokenizer()
+
+
+def test_a_dropout_leaves_no_block_out() -> None:
+    config = Tiny(name="bart", dropout=0.3).config()
+    assert (config.dropout, config.encoder_layerdrop, config.decoder_layerdrop) == (0.3, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("family", "segments"), [("gpt2", False), ("distilbert", False), ("bert", True)])
+def test_segments_only_for_a_model_that_tells_them_apart(
+    setting: Callable[..., Any], tmp_path: Path, family: str, segments: bool
+) -> None:
+    one = setting(family)
+    one.model.save_pretrained(tmp_path / "hf")
+    one.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    one.tokenizer.save_pretrained(tmp_path / "hf")
+    tokenizer = Pretrained(name=str(tmp_path / "hf")).tokenizer()
+    tokenizer.save_pretrained(tmp_path / "again")
+    for each in (tokenizer, Tiny(name=family).tokenizer(), AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert ("token_type_ids" in each("a", "b")) is segments

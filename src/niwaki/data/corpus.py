@@ -99,5 +99,5 @@ def tokenizer_hash(tokenizer: Any) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     del content["truncation"], content["padding"]
     special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
-    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names)
+    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens)
     return hashlib.sha256(json.dumps([content, ways]).encode()).hexdigest()

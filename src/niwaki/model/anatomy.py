@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -62,6 +62,8 @@ class Family:
     positions: Callable[[Any], int | None] = table_of_positions  # config -> tokens that can be read at once
     fixed: Callable[[Any], str | None] = lambda config: None  # config -> why no block can be left out
     edits: Callable[[Any], list[Edit]] = lambda config: []  # config -> what a model is changed to when it is loaded
+    # By class of transformers: the weights that other models of the family store under another name (a pattern).
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def file_of(model_type: str) -> str:
@@ -165,6 +167,11 @@ class Anatomy:
     def positions(self) -> int | None:
         """The tokens that the model can read at once; None where its config sets no bound."""
         return self.family.positions(self.model.config)
+
+    @property
+    def reads_end(self) -> bool:
+        """Whether the head reads the last end token of a row, and needs as many of them in each row of a batch."""
+        return self.family.reads_end and hasattr(self.model, "classification_head")
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them. Where

@@ -12,7 +12,7 @@ import torch
 
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError, UserError
-from niwaki.model.anatomy import Anatomy, adapt
+from niwaki.model.anatomy import Anatomy, adapt, family_of
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -74,9 +74,7 @@ class Pretrained:
             tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
         if tokenizer.pad_token_id is None:
             raise ConfigError(f"model.name={self.name!r}: its tokenizer has neither a padding token nor an end token")
-        if not has_segments(self.config()):
-            tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
-        return tokenizer
+        return fitted(tokenizer, self.config())
 
     def config(self) -> Any:
         """The Hugging Face config, before the task is known."""
@@ -106,6 +104,11 @@ class Pretrained:
         with torch.device("meta"):
             model = auto_class(task, config).from_config(config)
         self.cut(model)
+        if Anatomy.of(model).reads_end and config.eos_token_id not in self.tokenizer()("a")["input_ids"]:
+            raise ConfigError(
+                f"model.name={self.name!r}: its tokenizer puts no end token (number {config.eos_token_id}) behind a "
+                f"text, and the head of a {config.model_type} for {task.name} reads nothing else"
+            )
         return model
 
     def load(self, task: Task, labels: Sequence[str], seed: int) -> Any:
@@ -121,11 +124,13 @@ class Pretrained:
             model, gaps = artifact.load_dense(self.place, task, labels, self.config())
         else:
             config = with_labels(self.config(), labels)
+            kind = auto_class(task, config)
             model, report = self._try(
-                lambda: auto_class(task, config).from_pretrained(
+                lambda: kind.from_pretrained(
                     self.place,
                     revision=self.revision,
                     config=config,
+                    key_mapping=renamed(kind, config),
                     dtype=torch.float32,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
@@ -218,6 +223,20 @@ def has_head(task: Task, config_class: type) -> bool:
     import transformers
 
     return config_class in getattr(transformers, task.auto_class)._model_mapping
+
+
+def renamed(auto: Any, config: Any) -> dict[str, str] | None:
+    """The weights that another model of the family stores under another name, for `from_pretrained`."""
+    return dict(family_of(config).renamed.get(auto._model_mapping[type(config)].__name__, {})) or None
+
+
+def fitted(tokenizer: Any, config: Any) -> Any:
+    """The tokenizer, giving what a model of this config takes; its own files keep that."""
+    if not has_segments(config):
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+    if family_of(config).reads_end:  # in every row as often: an end token that is spelled in a text is none
+        tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    return tokenizer
 
 
 def has_segments(config: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import adapt
-from niwaki.model.load import Pretrained, auto_class, has_segments, with_labels
+from niwaki.model.load import Pretrained, auto_class, fitted, with_labels
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
@@ -75,12 +75,12 @@ class Tiny(Pretrained):
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
         )
-        segments = ["token_type_ids"] if has_segments(self.config()) else []
-        return PreTrainedTokenizerFast(
+        plain = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
             mask_token="[MASK]", bos_token="[CLS]", eos_token="[SEP]", model_max_length=512,
-            model_input_names=["input_ids", *segments, "attention_mask"],
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         )  # fmt: skip
+        return fitted(plain, self.config())
 
     def config(self) -> Any:
         from transformers import AutoConfig

@@ -57,4 +57,10 @@ DECODER = Stack(
     linears=SELF | CROSS | FEED,
     optional=frozenset(CROSS),
 )
-FAMILY = Family(stacks=(ENCODER, DECODER), causal=False, reads_end=True, edits=edits)
+FAMILY = Family(
+    stacks=(ENCODER, DECODER),
+    causal=False,
+    reads_end=True,
+    edits=edits,
+    renamed={"BartForCausalLM": {r"^(model\.)?shared\.": "model.decoder.embed_tokens."}},
+)
