@@ -203,7 +203,12 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
 
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
     """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
-    integers become fp32 weights again; a head for another task or other labels is left behind for a fresh one."""
+    integers become fp32 weights again; layers that grew stay; a head for another task or other labels is left behind
+    for a fresh one.
+
+    Raises:
+        ArtifactError: it holds weights of the blocks that the new model has no place for.
+    """
     from niwaki.model.anatomy import Anatomy
     from niwaki.model.load import auto_class, with_labels
 
@@ -212,13 +217,26 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
         if hasattr(module, "dequantized"):
             replace_by_linear(saved.model, name, module)
     fresh = auto_class(task).from_config(with_labels(config, labels), dtype=torch.float32)
+    for edit in carried(saved.folder):
+        edit.apply(fresh)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
     stored = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    homeless = set(stored) - set(shapes) - set(Anatomy.of(saved.model).head_parameters())
+    if homeless:
+        raise ArtifactError(
+            f"artifact {place}: holds {min(homeless)}, which a fresh {config.model_type} model has no place for; "
+            "it cannot be the start of another training"
+        )
     fitting = {name: tensor for name, tensor in stored.items() if shapes.get(name) == tensor.shape}
     fresh.load_state_dict(fitting, strict=False)
     return fresh, set(shapes) - set(fitting)
+
+
+def carried(folder: Path) -> list[Edit]:
+    """The edits of an artifact that a model which starts from it takes over, in order."""
+    return [edit for edit in map(from_json, parse_card(folder)["edits"]) if edit.carried]
 
 
 def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:

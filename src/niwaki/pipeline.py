@@ -59,7 +59,7 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
     """Everything between load and fit: shape, tune, weights, objective."""
     context = context_of(recipe, corpus, model)
     work = Work(model, model.config.to_dict(), context)
-    work.edits += recipe.model.cut(model)
+    work.edits += [*recipe.model.carried(), *recipe.model.cut(model)]
     for stage in of_phase(recipe, Phase.SHAPE):
         work.add(stage.prepare(model, context))
     work.edits += recipe.tuning.grow(model, context.anatomy)

@@ -37,6 +37,7 @@ class Family:
     attention: str  # the module of a block that holds `layer_idx`
     causal: bool  # a position sees only those before it
     positions_after_padding: bool = False  # position numbers start behind that of the padding token
+    post_norm: bool | None = None  # the norms follow the residual sums, rather than stand before the sublayers
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -111,15 +112,24 @@ class Anatomy:
         return count - config.pad_token_id - 1
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them."""
+        """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them. Where
+        a layer that grew later stands in place of a linear, those inside of it."""
         tied = shared_parameters(self.model)
         found = {}
         for index, block in enumerate(self.blocks):
             for name in self.family.linears:
-                linear = block.get_submodule(name)
-                if id(linear.weight) not in tied:
-                    found[f"{self.prefix}{self.family.blocks}.{index}.{name}"] = linear
-        return found  # type: ignore[return-value]
+                for inner, linear in block.get_submodule(name).named_modules():
+                    if isinstance(linear, nn.Linear) and id(linear.weight) not in tied:
+                        place = f"{self.prefix}{self.family.blocks}.{index}.{name}"
+                        found[f"{place}.{inner}" if inner else place] = linear
+        return found
+
+    def places(self, part: str) -> list[str]:
+        """The full names of what is `part` ("output", "feed_norm") of each block, in order: a linear or a norm, or the
+        layer that stands in place of it. Empty where the family has none."""
+        name = getattr(self.family, part)
+        blocks = f"{self.prefix}{self.family.blocks}"
+        return [f"{blocks}.{index}.{name}" for index in range(len(self.blocks)) if name]
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of everything above the blocks: pooler and task head; a tied output layer counts as head."""

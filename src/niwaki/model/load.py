@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class KeepBlocks(Edit):
     """Keep only these blocks of the backbone, in this order."""
+
+    carried: ClassVar[bool] = False  # the config that is saved counts the blocks that were kept
 
     blocks: list[int]
 
@@ -102,6 +104,8 @@ class Pretrained:
         """The model with its head on the meta device: shapes without weights."""
         with torch.device("meta"):
             model = auto_class(task).from_config(with_labels(self.config(), labels))
+        for edit in self.carried():
+            edit.apply(model)
         self.cut(model)
         return model
 
@@ -148,6 +152,12 @@ class Pretrained:
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = self.tokenizer().pad_token_id
         return model
+
+    def carried(self) -> list[Edit]:
+        """The edits that a model loaded from here has behind it already, where its config does not tell of them."""
+        from niwaki import artifact
+
+        return artifact.carried(Path(self.place)) if artifact.is_artifact(self.place) else []
 
     def cut(self, model: Any) -> list[Edit]:
         """Keep the blocks that `layers` names; returns the edits that did it."""

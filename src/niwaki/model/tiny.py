@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.load import Pretrained, auto_class, with_labels
 
@@ -65,6 +66,9 @@ class Tiny(Pretrained):
 
         config = AutoConfig.for_model(self.name, vocab_size=len(pieces()), **SIZES, **FAMILIES[self.name])
         return self.changed(config)
+
+    def carried(self) -> list[Edit]:
+        return []
 
     def load(self, task: Any, labels: Sequence[str], seed: int) -> Any:
         torch.manual_seed(seed)

@@ -16,4 +16,5 @@ FAMILY = Family(
     embeddings="embeddings.word_embeddings",
     pooler="pooler",
     causal=False,
+    post_norm=True,
 )

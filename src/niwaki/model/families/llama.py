@@ -16,4 +16,5 @@ FAMILY = Family(
     feed_norm="post_attention_layernorm",
     embeddings="embed_tokens",
     causal=True,
+    post_norm=False,
 )
