@@ -66,9 +66,7 @@ def activate(model: nn.Module, *adapters: str) -> None:
     keep_current(shelf, parameters)
     for values in (shelf.base, *(shelf.own[name] for name in adapters)):
         write(parameters, values)
-    for _, end in ends(model):
-        end.active = tuple(name for name in (*shelf.fixed, *adapters) if name in end.adapter)
-    shelf.active = adapters
+    let_act(model, shelf, adapters)
 
 
 def disable(model: nn.Module) -> None:
@@ -119,7 +117,8 @@ def save_adapter(model: Any, folder: Path, adapter: str | None = None) -> None:
     if shelf.active == (adapter,):
         keep_current(shelf, dict(model.named_parameters()))
     anatomy = Anatomy.of(model)
-    facts = {"peft_type": KIND, "niwaki": __version__, **shape_of(anatomy)}
+    beside = sorted(shelf.own[adapter])  # what an adapter_model.safetensors without its head would lack
+    facts = {"peft_type": KIND, "niwaki": __version__, **shape_of(anatomy), "beside": beside}
     edit = {key: value for key, value in asdict(edits_of(model)[adapter]).items() if key != "adapter"}
     folder.mkdir(parents=True, exist_ok=True)
     state = {**weights(model, adapter), **shelf.own[adapter]}
@@ -146,7 +145,7 @@ def load_adapter(model: Any, folder: Path, adapter: str) -> AddBottlenecks:
     from safetensors.torch import load_file
 
     check_name(model, adapter)
-    edit = read_edit(model, folder, adapter)
+    edit, beside = read_config(model, folder, adapter)
     try:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -157,16 +156,15 @@ def load_adapter(model: Any, folder: Path, adapter: str) -> AddBottlenecks:
     edit.apply(model)
     inside = weights(model, adapter)
     parameters = dict(model.named_parameters())
-    beside = {name: tensor for name, tensor in state.items() if name not in inside}
     room = {name: parameters[name] for name in beside if name in parameters} | inside
-    odd = [name for name in {**inside, **state} if shape(room, name) != shape(state, name)]
+    odd = [name for name in {*inside, *beside, *state} if shape(room, name) != shape(state, name)]
     if odd:
         remove(model, adapter)
         activate(model, *before)
         raise ArtifactError(f"adapter {folder}: does not fit this model ({misfit(min(odd), state, room)})")
     write(inside, state)
-    shelf.base |= {n: parameters[n].detach().clone() for n in beside if n not in shelf.base}
-    shelf.own[adapter] = {n: tensor.to(parameters[n].device, parameters[n].dtype) for n, tensor in beside.items()}
+    shelf.base = {name: parameters[name].detach().clone() for name in beside} | shelf.base
+    shelf.own[adapter] = {n: state[n].to(parameters[n].device, parameters[n].dtype) for n in beside}
     activate(model, adapter)
     return edit
 
@@ -177,9 +175,16 @@ def remember(model: nn.Module, adapter: str) -> None:
     shelf.fixed = tuple(name for name in shelf.fixed if name != adapter)
     inside = {id(p) for bottleneck in bottlenecks(model, adapter).values() for p in bottleneck.parameters()}
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
-    for kept in (shelf.base, shelf.own.setdefault(adapter, {})):
-        kept |= {name: parameter.detach().clone() for name, parameter in learning.items()}
-    shelf.active = (*shelf.active, adapter)
+    shelf.base = {name: parameter.detach().clone() for name, parameter in learning.items()} | shelf.base
+    shelf.own[adapter] = {name: parameter.detach().clone() for name, parameter in learning.items()}
+    let_act(model, shelf, (adapter,))
+
+
+def let_act(model: nn.Module, shelf: Shelf, adapters: tuple[str, ...]) -> None:
+    """Set which bottlenecks act, beside those that are part of the base."""
+    for _, end in ends(model):
+        end.active = tuple(name for name in (*shelf.fixed, *adapters) if name in end.adapter)
+    shelf.active = adapters
 
 
 def shelf_of(model: Any) -> Shelf:
@@ -233,23 +238,23 @@ def check_name(model: nn.Module, adapter: str) -> None:
         raise ConfigError(f"adapter={adapter!r}: needs letters, digits, - and _, and no word that torch uses itself")
 
 
-def read_edit(model: Any, folder: Path, adapter: str) -> AddBottlenecks:
-    """The edit that a folder describes, for a model of this shape.
+def read_config(model: Any, folder: Path, adapter: str) -> tuple[AddBottlenecks, list[str]]:
+    """The edit that a folder describes, for a model of this shape, and what learned beside the bottlenecks.
 
     Raises:
         ArtifactError: there is none, it is damaged, or made for another model.
     """
     if not is_adapter(folder):
-        raise ArtifactError(f"adapter {folder}: needs a folder with a {CONFIG} of the kind {KIND}")
+        raise ArtifactError(f"adapter {folder}: needs a folder with an {CONFIG} of the kind {KIND}")
     facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     for key, here in shape_of(Anatomy.of(model)).items():
-        if facts.get(key) != here:
-            raise ArtifactError(f"adapter {folder}: was made for {key} {facts.get(key)}, and this model has {here}")
-    known = {"peft_type", "niwaki", *shape_of(Anatomy.of(model))}
-    fields = {key: value for key, value in facts.items() if key not in known}
+        if facts.pop(key, None) != here:
+            raise ArtifactError(f"adapter {folder}: its model has another {key} than this one, which has {here}")
     try:
-        return AddBottlenecks(**{**fields, "adapter": adapter})
-    except (ConfigError, TypeError) as error:
+        del facts["peft_type"], facts["niwaki"]
+        beside = [str(name) for name in facts.pop("beside")]
+        return AddBottlenecks(**{**facts, "adapter": adapter}), beside
+    except (ConfigError, TypeError, KeyError) as error:
         raise ArtifactError(f"adapter {folder}: {CONFIG} is damaged ({error})") from error
 
 
@@ -260,8 +265,8 @@ def shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
 
 def misfit(name: str, state: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> str:
     """What is wrong with one tensor, in words."""
-    theirs, ours = ("no" if s is None else str(list(s)) for s in (shape(state, name), shape(room, name)))
-    return f"{name}: {theirs} values in the file, {ours} in the model"
+    theirs, ours = ("none" if s is None else str(list(s)) for s in (shape(state, name), shape(room, name)))
+    return f"{name}: {theirs} in the file, {ours} in the model"
 
 
 def contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

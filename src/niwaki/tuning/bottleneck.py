@@ -137,8 +137,9 @@ class AddBottlenecks(Edit):
             or self.activation not in ACTIVATIONS
         ):
             raise ConfigError(f"no bottleneck reads {self.reads} at {self.parts} with {self.activation}")
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(f"no bottleneck has the size {self.size}")
+        numbers = isinstance(self.size, int) and all(isinstance(n, int | float) for n in (self.scale, self.dropout))
+        if not numbers or self.size < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError(f"no bottleneck has size {self.size}, scale {self.scale}, dropout {self.dropout}")
 
     def apply(self, model: Any) -> None:
         if self.adapter in edits_of(model):
