@@ -10,8 +10,13 @@ from niwaki.compression.quantize.integers import UseIntegers
 from niwaki.edits import Edit, from_json
 from niwaki.errors import ArtifactError
 from niwaki.model.load import KeepBlocks
+from niwaki.tuning.bottleneck import AddBottlenecks
 
-EDITS = [KeepBlocks(blocks=[0, 2]), UseIntegers(modules=["a.b"], bits=4, group=None, activation_bits=8)]
+EDITS = [
+    KeepBlocks(blocks=[0, 2]),
+    UseIntegers(modules=["a.b"], bits=4, group=None, activation_bits=8),
+    AddBottlenecks(adapter="a", parts=["output"], reads="input", size=4, activation="relu", scale=4.0, dropout=0.1),
+]
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: type(edit).__name__)

@@ -154,8 +154,15 @@ def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
         "head": in_head or "lm_head" in name or "embed_tokens" in name,
         "bitfit": in_head or name.endswith(".bias"),
         "lora": in_head or ".lora_" in name,
+        "adapter": in_head or ".adapter." in name or is_block_norm(name),
+        "adapter_pfeiffer": in_head or ".adapter." in name,
+        "adapter_parallel": in_head or ".adapter." in name,
     }
     return own[tuning]
+
+
+def is_block_norm(name: str) -> bool:
+    return "layernorm" in name.lower() and ".layer" in name
 
 
 def check_learning(recipe: Any, corpus: Corpus, work: Any, tuning: str) -> None:
@@ -237,7 +244,10 @@ def check_saved(
     assert all(
         v == v for v in evaluate(saved.model, corpus.evaluation("test"), recipe.task, corpus.labels).compute().values()
     )
-    assert len(work.context.targets) == (14 if task_is_llama(recipe) else 12) * (1 if "cut" in subset else 1.5)
+    grown = [name for name in work.context.targets if ".adapter." in name]
+    linears = len(work.context.targets) - len(grown)
+    assert linears == (14 if task_is_llama(recipe) else 12) * (1 if "cut" in subset else 1.5)
+    assert len(grown) == len([m for n, m in work.model.named_modules() if n.endswith((".down", ".up"))])
     for name in work.context.targets:
         module: Any = saved.model.get_submodule(name)
         quantized = {"quantize/int8", "quantize/qat"} & set(subset)
@@ -257,7 +267,7 @@ def task_is_llama(recipe: Any) -> bool:
 
 
 def test_the_grid_is_complete() -> None:
-    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 4, 5)
+    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 7, 5)
     assert (len(WORKING), len(REFUSED)) == (24, 8)
 
 

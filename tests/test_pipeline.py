@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from niwaki import artifact, compose, pipeline
+from niwaki import artifact, compose, inference, pipeline
 from niwaki.errors import ConfigError
 
 
@@ -65,3 +65,53 @@ def test_the_artifact_knows_the_columns_of_its_training(tmp_path: Path, pairs: b
     pipeline.run(compose.build(config), tmp_path, config)
     saved = artifact.load(tmp_path / "model")
     assert set(saved.columns) == {"text", "label", *(["text_pair"] if pairs else [])}
+
+
+@pytest.mark.parametrize("tuning", ["adapter", "adapter_pfeiffer", "adapter_parallel"])
+def test_a_size_that_a_pattern_does_not_divide(refused: Any, tuning: str) -> None:
+    settings = [f"tuning={tuning}", "tuning.size=6", "compression=prune/magnitude"]
+    said = refused(*settings, "compression.magnitude.pattern=2:4", "compression.magnitude.sparsity=null")
+    assert "adapter.default.up has 6 inputs, which 4 does not divide" in said
+
+
+@pytest.mark.parametrize("tuning", ["adapter", "adapter_pfeiffer", "adapter_parallel"])
+def test_a_run_that_starts_from_adapters(tmp_path: Path, tuning: str) -> None:
+    """Tuned with adapters; gone on with from the artifact, the teacher the artifact itself; then evaluated."""
+    rows = [{"text": f"row {i} {'good' if i % 2 else 'bad'}", "label": "yn"[i % 2]} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        "data=files",
+        f"data.train={file}",
+        "trainer=debug",
+        "logger=none",
+        "callbacks=[]",
+        "measure=scores",
+        "measure.before=true",
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    runs = {
+        first: ["model=tiny-bert", f"tuning={tuning}", "tuning.size=4", "trainer.max_steps=3", "optimizer.lr=0.01"],
+        second: [
+            "model=pretrained", f"model.name={first}", "tuning=head", "compression=[distill/logits,quantize/int8]",
+            f"compression.logits.teacher={first}", "trainer.max_steps=1",
+        ],
+    }  # fmt: skip
+    metrics = {}
+    for folder, settings in runs.items():
+        folder.mkdir()
+        config = compose.compose([*common, *settings]).config
+        metrics[folder] = pipeline.run(compose.build(config), folder, config)
+    one, two = (artifact.load(folder / "model") for folder in (first, second))
+    assert [type(edit).__name__ for edit in one.edits] == ["AddBottlenecks"]
+    assert [type(edit).__name__ for edit in two.edits] == ["AddBottlenecks", "UseIntegers"]
+    assert metrics[second]["before"]["test"] == metrics[first]["after"]["test"]
+    assert metrics[second]["before"]["parameters"] == metrics[first]["after"]["parameters"]
+    grown = metrics[first]["after"]["parameters"] - metrics[first]["before"]["parameters"]
+    assert grown == 3 * (2 if tuning == "adapter" else 1) * (2 * 4 * 32 + 32 + 4)
+    inside = [name for name in metrics[second]["targets"] if ".adapter.default." in name]
+    assert len(inside) == 3 * 2 * (2 if tuning == "adapter" else 1)
+    assert all(metrics[second]["targets"][name]["bits"] == 8 for name in inside)
+    scores = inference.scores(one, inference.WholeFile(train=str(file)))[0]
+    assert scores["rows"] == 40
+    assert 0 <= scores["accuracy"] <= 1

@@ -203,7 +203,12 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
 
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
     """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
-    integers become fp32 weights again; a head for another task or other labels is left behind for a fresh one."""
+    integers become fp32 weights again; layers that grew stay; a head for another task or other labels is left behind
+    for a fresh one.
+
+    Raises:
+        ArtifactError: it holds weights of the blocks that the new model has no place for.
+    """
     from niwaki.model.anatomy import Anatomy, adapt
     from niwaki.model.load import auto_class, with_labels
 
@@ -213,10 +218,18 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
             replace_by_linear(saved.model, name, module)
     fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
     adapt(fresh)
+    for edit in carried(saved.folder):
+        edit.apply(fresh)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
     stored = {f"{prefix}{name}": tensor for name, tensor in tensors(source).items()}
     places = tensors(fresh)
+    homeless = set(stored) - set(places) - set(Anatomy.of(saved.model).head_parameters())
+    if homeless:
+        raise ArtifactError(
+            f"artifact {place}: holds {min(homeless)}, which a fresh {config.model_type} model has no place for; "
+            "it cannot be the start of another training"
+        )
     fitting = [name for name, place in places.items() if name in stored and stored[name].shape == place.shape]
     with torch.no_grad():
         for name in fitting:
@@ -227,6 +240,11 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers as the modules hold them, which a state dict may show in another layout."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def carried(folder: Path) -> list[Edit]:
+    """The edits of an artifact that a model which starts from it takes over, in order."""
+    return [edit for edit in map(from_json, parse_card(folder)["edits"]) if edit.carried]
 
 
 def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:

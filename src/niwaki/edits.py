@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -12,6 +12,10 @@ from torch import nn
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edit(abc.ABC):
     """One change of a model's structure, small enough to stand in JSON."""
+
+    carried: ClassVar[bool] = True
+    """Whether a model that starts from the artifact takes this edit over: not one that its config tells of already,
+    nor one that is undone there."""
 
     @abc.abstractmethod
     def apply(self, model: nn.Module) -> None:

@@ -45,6 +45,19 @@ class Stack:
         assert all(set(parts.split()) <= set(PARTS) for parts in self.linears.values())
         assert self.optional <= set(self.linears)
 
+    def named(self, part: str, block: nn.Module) -> Iterator[str]:
+        """The names, in `block`, of what plays a part: a norm, or the first linear of each sublayer that does."""
+        if part.endswith("_norm"):
+            name = getattr(self, part)
+            yield from [name] if name and holds(block, name) else []
+            return
+        seen = False  # in this sublayer, which ends where its output is projected
+        for name, played in self.linears.items():
+            if not seen and part in played.split() and holds(block, name):
+                seen = True
+                yield name
+            seen = seen and played not in ("output", "feed_out")
+
 
 def table_of_positions(config: Any) -> int | None:
     """As many positions as the config says; None where it sets no bound."""
@@ -57,6 +70,7 @@ class Family:
 
     stacks: tuple[Stack, ...]
     causal: bool  # a position sees only those before it
+    post_norm: bool  # the norms follow the residual sums, rather than stand before the sublayers
     pooler: str | None = None  # of the backbone; above the blocks
     reads_end: bool = False  # the head of its classifier reads the last end token of a row
     positions: Callable[[Any], int | None] = table_of_positions  # config -> tokens that can be read at once
@@ -193,6 +207,11 @@ class Anatomy:
                 for inner, linear in block.get_submodule(part).named_modules():
                     if isinstance(linear, nn.Linear) and id(linear.weight) not in tied:
                         yield ".".join(filter(None, (place, part, inner))), set(played.split()), linear
+
+    def places(self, part: str) -> list[str]:
+        """The full names of what plays a part ("output", "feed_norm") in each block, in order: a norm, or a linear (or
+        the layer that stands in place of it); of several linears with one part in a sublayer, the first."""
+        return [f"{place}.{name}" for place, stack, block in self.named_blocks() for name in stack.named(part, block)]
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of everything above the blocks: pooler and task head; a tied output layer counts as head."""

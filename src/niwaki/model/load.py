@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class KeepBlocks(Edit):
     """Keep only these blocks of the backbone, in this order."""
+
+    carried: ClassVar[bool] = False  # the config that is saved counts the blocks that were kept
 
     blocks: list[int]
 
@@ -103,6 +105,9 @@ class Pretrained:
         config = with_labels(self.config(), labels)
         with torch.device("meta"):
             model = auto_class(task, config).from_config(config)
+        adapt(model)
+        for edit in self.carried():
+            edit.apply(model)
         self.cut(model)
         if Anatomy.of(model).reads_end and config.eos_token_id not in self.tokenizer()("a")["input_ids"]:
             raise ConfigError(
@@ -159,9 +164,16 @@ class Pretrained:
             model.config.pad_token_id = self.tokenizer().pad_token_id
         return model
 
+    def carried(self) -> list[Edit]:
+        """The edits that a model loaded from here has behind it already, where its config does not tell of them."""
+        from niwaki import artifact
+
+        return artifact.carried(Path(self.place)) if artifact.is_artifact(self.place) else []
+
     def cut(self, model: Any) -> list[Edit]:
-        """Keep the blocks that `layers` names; returns the edits that rebuild the model, those of its family first."""
-        edits = adapt(model)
+        """Keep the blocks that `layers` names; returns the edits that rebuild the model: those of its family, those
+        that it came with, and this one."""
+        edits = [*adapt(model), *self.carried()]
         if self.layers is not None:
             edits.append(KeepBlocks(blocks=list(self.layers)))
             edits[-1].apply(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import adapt
 from niwaki.model.load import Pretrained, auto_class, fitted, with_labels
@@ -88,6 +89,9 @@ class Tiny(Pretrained):
         plain = AutoConfig.for_model(self.name)
         sizes = {name: value for name, value in SIZES.items() if hasattr(plain, name)}
         return self.changed(AutoConfig.for_model(self.name, vocab_size=len(pieces()), **sizes, **FAMILIES[self.name]))
+
+    def carried(self) -> list[Edit]:
+        return []
 
     def load(self, task: Any, labels: Sequence[str], seed: int) -> Any:
         torch.manual_seed(seed)

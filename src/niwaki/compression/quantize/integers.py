@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import torch
@@ -117,6 +117,8 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class UseIntegers(Edit):
     """Linears become IntegerLinears of one layout."""
+
+    carried: ClassVar[bool] = False  # another training starts from dense weights
 
     modules: list[str]
     bits: int

@@ -21,5 +21,6 @@ FAMILY = Family(
     ),
     pooler="pooler",
     causal=False,
+    post_norm=True,
     fixed=lambda config: "all layers of an albert share their blocks",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from niwaki.edits import Edit
 from niwaki.model.anatomy import Family, Stack
@@ -26,6 +26,8 @@ FEED = {"fc1": "feed_in", "fc2": "feed_out"}
 @dataclass(frozen=True, kw_only=True)
 class DropCrossAttention(Edit):
     """A decoder alone never runs its attention to an encoder; it leaves the model."""
+
+    carried: ClassVar[bool] = False  # every model of the family is changed so
 
     def apply(self, model: Any) -> None:
         for block in model.base_model.decoder.layers:
@@ -60,6 +62,7 @@ DECODER = Stack(
 FAMILY = Family(
     stacks=(ENCODER, DECODER),
     causal=False,
+    post_norm=True,
     reads_end=True,
     edits=edits,
     renamed={"BartForCausalLM": {r"^(model\.)?shared\.": "model.decoder.embed_tokens."}},

@@ -21,4 +21,5 @@ FAMILY = Family(
     ),
     pooler="pooler",
     causal=False,
+    post_norm=True,
 )

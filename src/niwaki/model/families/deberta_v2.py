@@ -32,5 +32,6 @@ FAMILY = Family(
         ),
     ),
     causal=False,
+    post_norm=True,
     positions=positions,
 )

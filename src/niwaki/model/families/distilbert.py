@@ -21,4 +21,5 @@ FAMILY = Family(
         ),
     ),
     causal=False,
+    post_norm=True,
 )

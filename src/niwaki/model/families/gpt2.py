@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -29,6 +29,8 @@ class TransposedLinear(nn.Linear):
 @dataclass(frozen=True, kw_only=True)
 class UseLinears(Edit):
     """Every Conv1D, y = x W + b with W (in, out), becomes the linear that computes the same."""
+
+    carried: ClassVar[bool] = False  # every model of the family is changed so
 
     def apply(self, model: nn.Module) -> None:
         from transformers.pytorch_utils import Conv1D
@@ -63,6 +65,7 @@ FAMILY = Family(
         ),
     ),
     causal=True,
+    post_norm=False,
     edits=lambda config: [UseLinears()],
     fixed=fixed,
 )

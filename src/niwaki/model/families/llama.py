@@ -21,4 +21,5 @@ FAMILY = Family(
         ),
     ),
     causal=True,
+    post_norm=False,
 )

@@ -19,4 +19,5 @@ FAMILY = Family(
         ),
     ),
     causal=False,
+    post_norm=False,
 )

@@ -51,4 +51,4 @@ DECODER = Stack(
     optional=either(2),
     first=FIRST,
 )
-FAMILY = Family(stacks=(ENCODER, DECODER), causal=False, reads_end=True)
+FAMILY = Family(stacks=(ENCODER, DECODER), causal=False, post_norm=False, reads_end=True)
