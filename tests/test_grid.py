@@ -39,6 +39,10 @@ SETTINGS = {  # of the options that show more than their defaults do
     "quantize/qat": ["qat.bits=4", "qat.group=16"],
     "distill/logits": ["logits.teacher={teacher}"],
 }
+TUNED = {  # settings of tunings that show more than their defaults do
+    "gradual": ["tuning.every=0.15"],  # thaws before and after the middle, and to the end
+    "top": ["tuning.blocks=1"],
+}
 STEPS, STOP = 6, 3
 # Codes and scales are the fold's own, so a converted model differs by the rounding of sums alone; a sum that rounds
 # the other way moves a rounded activation by one code, 1/127 of its largest value.
@@ -105,6 +109,7 @@ def build(task: str, tuning: str, subset: tuple[str, ...], files: dict[str, str]
     settings += [f"callbacks.checkpoint.every_steps={STOP}", "task.max_length=32"]
     for name in methods:
         settings += [f"compression.{setting.format(teacher=teacher)}" for setting in SETTINGS.get(name, [])]
+    settings += TUNED.get(tuning, [])
     if "cut" in subset:
         settings += ["model.layers=[0,2]"]
     return compose.build(compose.compose(settings).config)
@@ -145,14 +150,18 @@ class KeepMiddle(pl.Callback):
             shutil.copy(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", self.folder / "last.ckpt")
 
 
-def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
-    """What learns, by the name of the parameter in the model before links are stacked."""
+def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
+    """What learns, by the name of the parameter in the model before links are stacked; `top` is in those of the top
+    block."""
     in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
     own = {
         "full": True,
         "head": in_head or "lm_head" in name or "embed_tokens" in name,
         "bitfit": in_head or name.endswith(".bias"),
         "lora": in_head or ".lora_" in name,
+        "gradual": True,
+        "layernorm": in_head or "norm" in name.lower(),
+        "top": in_head or top in name or name == "model.norm.weight",
     }
     return own[tuning]
 
@@ -162,7 +171,8 @@ def check_learning(recipe: Any, corpus: Corpus, work: Any, tuning: str) -> None:
     named = dict(work.model.named_parameters())
     learning = {name for name, p in named.items() if p.requires_grad}
     bare = {n: n.replace("parametrizations.weight.original", "weight").replace(".base_layer", "") for n in named}
-    assert learning == {n for n in named if should_learn(tuning, bare[n], recipe.task.head_learns)}
+    top = f".{work.model.config.num_hidden_layers - 1}."
+    assert learning == {n for n in named if should_learn(tuning, bare[n], recipe.task.head_learns, top)}
     groups = recipe.optimizer.build(work.model).param_groups
     assert {id(p) for g in groups for p in g["params"]} == {id(named[n]) for n in learning}
     batch = next(iter(corpus.evaluation("train")))
@@ -256,7 +266,7 @@ def task_is_llama(recipe: Any) -> bool:
 
 
 def test_the_grid_is_complete() -> None:
-    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 4, 5)
+    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 7, 5)
     assert (len(WORKING), len(REFUSED)) == (24, 8)
 
 

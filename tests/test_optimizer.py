@@ -16,7 +16,7 @@ from niwaki.tuning.lora import LoRA
 
 def test_matrices_decay_and_vectors_do_not(setting: Callable[..., Any]) -> None:
     model = setting().model
-    decayed, plain = groups(model, 1.0, 0.3, {})
+    decayed, plain = groups(model, AdamW(lr=1.0).rates(model), 0.3, {})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
     without = {names[id(p)] for p in plain["params"]}
@@ -27,7 +27,7 @@ def test_matrices_decay_and_vectors_do_not(setting: Callable[..., Any]) -> None:
 def test_norms_without_bias_do_not_decay(setting: Callable[..., Any]) -> None:
     model = setting("llama", "causal_lm").model
     names = {id(p): n for n, p in model.named_parameters()}
-    without = {names[id(p)] for p in groups(model, 1.0, 0.1, {})[1]["params"]}
+    without = {names[id(p)] for p in groups(model, AdamW(lr=1.0).rates(model), 0.1, {})[1]["params"]}
     assert without == {n for n in names.values() if n.endswith("bias") or "norm" in n}
 
 
@@ -42,7 +42,7 @@ def test_only_what_learns_is_in_it_and_once(setting: Callable[..., Any], kind: t
 
 
 def test_an_empty_group_is_left_out() -> None:
-    assert len(groups(nn.Linear(2, 2, bias=False), 1.0, 0.1, {})) == 1
+    assert len(groups(nn.Linear(2, 2, bias=False), {"weight": 1.0}, 0.1, {})) == 1
 
 
 def test_a_factor_multiplies_the_rate_of_what_it_names() -> None:
