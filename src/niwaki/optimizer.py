@@ -17,8 +17,7 @@ from niwaki.rates import check_rates, rates
 
 if TYPE_CHECKING:
     from niwaki.average import Average
-    from niwaki.schedule import Schedule
-    from niwaki.trainer import TrainerSettings
+    from niwaki.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,8 @@ class OptimizerSettings(abc.ABC):
             raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: needs a number of at least 0")
         check_rates(self.layer_decay, self.lr_by_part)
 
-    def conflict(self, schedule: Schedule, trainer: TrainerSettings) -> str | None:
-        """The reason why this optimizer cannot go with such a schedule or on such a machine, or None."""
+    def conflict(self, recipe: Recipe) -> str | None:
+        """The reason why this optimizer cannot go with the rest of a run, or None."""
         return None
 
     def average(self) -> Average | None:
@@ -152,7 +151,8 @@ class SGD(OptimizerSettings):
             raise ConfigError(f"optimizer.momentum={self.momentum}: needs a number in 0..1, below 1")
 
     def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=fused)
+        # torch's fused one fails where some parameters have a momentum and others, that thaw later, none yet
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=fused and not self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +220,8 @@ class AdamW8bit(OptimizerSettings):
         super().__post_init__()
         check_moments(self.betas, self.eps)
 
-    def conflict(self, schedule: Schedule, trainer: TrainerSettings) -> str | None:
-        if trainer.accelerator == "cpu":
+    def conflict(self, recipe: Recipe) -> str | None:
+        if recipe.trainer.accelerator == "cpu":
             return (
                 "optimizer=adamw8bit and trainer.accelerator='cpu': torchao compiles a kernel for every shape of a "
                 "weight, which takes minutes on a CPU; use trainer=gpu, or optimizer=adafactor to save memory"
@@ -255,11 +255,13 @@ class ScheduleFree(OptimizerSettings):
             )
         check_installed("schedulefree", "schedule_free")
 
-    def conflict(self, schedule: Schedule, trainer: TrainerSettings) -> str | None:
+    def conflict(self, recipe: Recipe) -> str | None:
         from niwaki.schedule import Constant
 
-        if not isinstance(schedule, Constant):
-            kind = type(schedule).__name__.lower()
+        if any(settings.averages for settings in recipe.callback_settings):
+            return "optimizer=schedule_free and callbacks=ema or swa: each keeps its own average; choose one"
+        if not isinstance(recipe.schedule, Constant):
+            kind = type(recipe.schedule).__name__.lower()
             return (
                 f"optimizer=schedule_free and schedule={kind}: its average takes the place of a falling rate; "
                 "use schedule=constant, which may warm up"

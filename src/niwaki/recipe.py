@@ -78,10 +78,9 @@ class Recipe:
 
     def refuse_conflicts(self) -> None:
         """Raise ConfigError where the optimizer or an average of the weights cannot go with the rest."""
-        if reason := self.optimizer.conflict(self.schedule, self.trainer):
+        if reason := self.optimizer.conflict(self):
             raise ConfigError(reason)
-        averaging = [f"callbacks={name}" for name, found in self.callbacks.items() if getattr(found, "averages", False)]
-        averaging += [f"optimizer={type(self.optimizer).__name__}"] if self.optimizer.average() else []
+        averaging = [f"callbacks={key}" for key, found in self.callbacks.items() if getattr(found, "averages", False)]
         if len(averaging) > 1:
             raise ConfigError(
                 f"{averaging[0]} and {averaging[1]}: each keeps its own average of the weights; choose one"
