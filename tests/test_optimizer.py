@@ -147,6 +147,19 @@ def test_adafactor_factors_the_second_moment_and_clips() -> None:
     assert sorted(t.numel() for t in state.values()) == [1, 2, 3]  # the step, rows and columns
 
 
+@pytest.mark.parametrize("decay", [-0.8, -0.5])
+def test_adafactors_second_moment_fades_as_it_is_told(decay: float) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(2.0)
+    optimizer = Adafactor(lr=0.1, second_moment_decay=decay).build(model)
+    for gradient in (0.5, 0.25):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+    old = 1 - 2**decay  # the share of the first square at the second step
+    moment = old * 0.5**2 + (1 - old) * 0.25**2
+    assert model.weight.item() == pytest.approx(1.8 - 1.8 * 0.1 * 0.25 / moment**0.5, abs=1e-5)
+
+
 def test_lion_by_hand() -> None:
     assert one_step(Lion(lr=0.1, weight_decay=0.2)) == pytest.approx(2 * (1 - 0.1 * 0.2) - 0.1, abs=1e-6)
     model = nn.Linear(1, 1, bias=False)
