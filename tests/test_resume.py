@@ -118,3 +118,15 @@ def test_a_stopped_fit_goes_on_to_the_same_end(rows: Path, tmp_path: Path, name:
     assert same(*averages)
     assert same(*(checkpoint(tmp_path / place, "best")["state_dict"] for place in ("whole", "parts")))
     assert same(whole.model.state_dict(), parts.model.state_dict())
+
+
+def test_every_rate_is_logged_under_a_name_of_its_own(rows: Path, tmp_path: Path) -> None:
+    logged = ("logger=csv", "callbacks=[learning_rate]", "trainer.log_every=1", "trainer.max_steps=3")
+    run(rows, tmp_path / "run", (*logged, "optimizer.lr=0.8", "optimizer.layer_decay=0.5", "schedule=constant"))
+    text = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
+    names = text[0].split(",")
+    rows_of_rates = [dict(zip(names, line.split(","), strict=True)) for line in text[1:]]
+    rates = [{float(v) for n, v in row.items() if n.startswith("lr-") and v} for row in rows_of_rates]
+    found = next(one for one in reversed(rates) if one)
+    assert sorted(found) == pytest.approx([0.1, 0.2, 0.4, 0.8])
+    assert sum(name.startswith("lr-") for name in names) == 8  # with and without decay
