@@ -18,13 +18,15 @@ NEEDED = {
     "data/files": ["data.train=rows.jsonl"],
     "data/hub": ["data.path=ag_news"],
     "model/pretrained": ["model.name=some/model"],
+    "optimizer/adamw8bit": ["trainer=gpu"],
+    "optimizer/schedule_free": ["schedule=constant"],
     "compression/distill/logits": ["compression.logits.teacher=some/model"],
 }
 
 
 def test_the_count() -> None:
     """A new option changes this number, so that none is lost from the tests unseen."""
-    assert len(OPTIONS) == 48
+    assert len(OPTIONS) == 61
     assert {group for group, _ in OPTIONS} == {*AXES, *MANY}
 
 

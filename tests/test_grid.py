@@ -39,6 +39,10 @@ SETTINGS = {  # of the options that show more than their defaults do
     "quantize/qat": ["qat.bits=4", "qat.group=16"],
     "distill/logits": ["logits.teacher={teacher}"],
 }
+TUNED = {  # settings of tunings that show more than their defaults do
+    "gradual": ["tuning.every=0.15"],  # thaws before and after the middle, and to the end
+    "top": ["tuning.blocks=1"],
+}
 STEPS, STOP = 6, 3
 # Codes and scales are the fold's own, so a converted model differs by the rounding of sums alone; a sum that rounds
 # the other way moves a rounded activation by one code, 1/127 of its largest value.
@@ -47,6 +51,9 @@ CONVERT_BOUND = 0.01
 SUBSETS = [s for n in range(len(COMPRESSIONS) + 1) for s in itertools.combinations(COMPRESSIONS, n)]
 REFUSED = [s for s in SUBSETS if sum(name.startswith("quantize/") for name in s) > 1]
 WORKING = [s for s in SUBSETS if s not in REFUSED]
+WHOLE = os.environ.get("NIWAKI_GRID") == "whole"  # `make grid`; otherwise only these tunings meet every subset
+EVERYWHERE = ("full", "head", "bitfit", "lora")
+FEW: list[tuple[str, ...]] = [(), ("prune/magnitude", "quantize/qat")]
 
 CHECK_IN_A_FRESH_PROCESS = """
 import json, sys, torch
@@ -105,6 +112,7 @@ def build(task: str, tuning: str, subset: tuple[str, ...], files: dict[str, str]
     settings += [f"callbacks.checkpoint.every_steps={STOP}", "task.max_length=32"]
     for name in methods:
         settings += [f"compression.{setting.format(teacher=teacher)}" for setting in SETTINGS.get(name, [])]
+    settings += TUNED.get(tuning, [])
     if "cut" in subset:
         settings += ["model.layers=[0,2]"]
     return compose.build(compose.compose(settings).config)
@@ -146,8 +154,9 @@ class KeepMiddle(pl.Callback):
             shutil.copy(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", self.folder / "last.ckpt")
 
 
-def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
-    """What learns, by the name of the parameter in the model before links are stacked."""
+def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
+    """What learns, by the name of the parameter in the model before links are stacked; `top` is in those of the top
+    block."""
     in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
     own = {
         "full": True,
@@ -157,6 +166,9 @@ def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
         "adapter": in_head or ".adapter." in name or is_block_norm(name),
         "adapter_pfeiffer": in_head or ".adapter." in name,
         "adapter_parallel": in_head or ".adapter." in name,
+        "gradual": True,
+        "layernorm": in_head or "norm" in name.lower(),
+        "top": in_head or top in name or name == "model.norm.weight",
     }
     return own[tuning]
 
@@ -170,7 +182,8 @@ def check_learning(recipe: Any, corpus: Corpus, work: Any, tuning: str) -> None:
     named = dict(work.model.named_parameters())
     learning = {name for name, p in named.items() if p.requires_grad}
     bare = {n: n.replace("parametrizations.weight.original", "weight").replace(".base_layer", "") for n in named}
-    assert learning == {n for n in named if should_learn(tuning, bare[n], recipe.task.head_learns)}
+    top = f".{work.model.config.num_hidden_layers - 1}."
+    assert learning == {n for n in named if should_learn(tuning, bare[n], recipe.task.head_learns, top)}
     groups = recipe.optimizer.build(work.model).param_groups
     assert {id(p) for g in groups for p in g["params"]} == {id(named[n]) for n in learning}
     batch = next(iter(corpus.evaluation("train")))
@@ -267,7 +280,7 @@ def task_is_llama(recipe: Any) -> bool:
 
 
 def test_the_grid_is_complete() -> None:
-    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 7, 5)
+    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 10, 5)
     assert (len(WORKING), len(REFUSED)) == (24, 8)
 
 
@@ -275,14 +288,15 @@ def test_the_grid_is_complete() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_combinations_work(task: str, tuning: str, files: Any, teachers: Any, tmp_path: Path, subtests: Any) -> None:
     saved = []
-    for subset in WORKING:
+    subsets = WORKING if WHOLE or tuning in EVERYWHERE else FEW
+    for subset in subsets:
         name = "+".join(subset).replace("/", ".") or "dense"
         with subtests.test(f"{task} x {tuning} x {name}"):
             saved.append(str(run_one(task, tuning, subset, tmp_path / name, files, teachers)))
     command = [sys.executable, "-c", CHECK_IN_A_FRESH_PROCESS, json.dumps(saved)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("same") == len(saved) == len(WORKING)
+    assert done.stdout.count("same") == len(saved) == len(subsets)
 
 
 @pytest.mark.parametrize("subset", REFUSED)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from niwaki.errors import ConfigError
-from niwaki.schedule import Constant, Cosine, Linear, Schedule
+from niwaki.schedule import SWA, Constant, Cosine, Linear, Schedule
 
 
 def rates(schedule: Schedule, steps: int) -> list[float]:
@@ -38,7 +38,20 @@ def test_constant() -> None:
     assert rates(Constant(warmup=0.5), 4) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("schedule", [Linear(), Cosine(), Constant(), Linear(warmup=0.99)])
+def test_swa() -> None:
+    # full up to half of 0.8, then down to 0.25 at nine tenths of it, 0.72, then constant
+    found = rates(SWA(warmup=0.0, begin=0.8, floor=0.25), 10)
+    falling = [1 - 0.75 * fallen / 0.32 for fallen in (0.1, 0.2, 0.3)]
+    assert found == pytest.approx([1, 1, 1, 1, 1, *falling, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("fields", [{"begin": 0.0}, {"begin": 1.1}, {"floor": 0.0}, {"floor": 1.0}])
+def test_refusals_of_swa(fields: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"^schedule\.{next(iter(fields))}="):
+        SWA(**fields)
+
+
+@pytest.mark.parametrize("schedule", [SWA(), Linear(), Cosine(), Constant(), Linear(warmup=0.99)])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_every_step_learns(schedule: Schedule, steps: int) -> None:
     assert all(0 < rate <= 1 for rate in rates(schedule, steps))

@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 
+from niwaki.average import RunningAverage, equal, exponential
 from niwaki.errors import ConfigError, UserError
 
 
@@ -26,11 +27,19 @@ class Watch:
     mode: Literal["max", "min"]
     settled: int  # first optimizer step at which the model has its final form
     logged: bool  # whether there is a logger
+    steps: int = 0  # optimizer steps of the whole fit
+    epoch: int = 0  # and of one epoch
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallbackSettings(abc.ABC):
     """Settings of one or more Lightning callbacks."""
+
+    averages: ClassVar[bool] = False  # whether the weights that are kept are an average along the fit
+
+    def settled(self, steps: int) -> int:
+        """First optimizer step, of `steps`, at which what is kept has its final form."""
+        return 0
 
     @abc.abstractmethod
     def build(self, watch: Watch) -> list[pl.Callback]: ...
@@ -162,6 +171,66 @@ class Progress(CallbackSettings):
 
     def build(self, watch: Watch) -> list[pl.Callback]:
         return [RichProgressBar(refresh_rate=self.every_steps)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging(CallbackSettings, abc.ABC):
+    """`begin`: the share of the fit after which the average begins; `every`: optimizer steps between the weights that
+    enter it."""
+
+    averages: ClassVar[bool] = True
+
+    begin: float
+    every: int | None
+
+    def __post_init__(self) -> None:
+        option = type(self).__name__.lower()
+        if not 0 <= self.begin < 1:
+            raise ConfigError(f"callbacks.{option}.begin={self.begin}: needs a number in 0..1, below 1")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"callbacks.{option}.every={self.every}: needs a whole number of at least 1")
+
+    def settled(self, steps: int) -> int:
+        return round(self.begin * steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA(Averaging):
+    """The exponential moving average of the weights is validated and kept (Polyak & Juditsky 1992; Tarvainen & Valpola
+    2017, arXiv:1703.01780).
+
+    a <- d a + (1 - d) w every `every` optimizer steps, with d = `decay`, or, with `warm_up`, at most
+    (1 + n) / (10 + n) after n of them, so that the start does not weigh on a short fit.
+    """
+
+    decay: float = 0.999
+    warm_up: bool = True
+    begin: float = 0.0
+    every: int | None = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay < 1:
+            raise ConfigError(f"callbacks.ema.decay={self.decay}: needs a number above 0 and below 1")
+
+    def build(self, watch: Watch) -> list[pl.Callback]:
+        share = exponential(self.decay, warm_up=self.warm_up)
+        return [RunningAverage(share, self.settled(watch.steps), self.every or watch.epoch)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWA(Averaging):
+    """The equal average of the weights of the last part of the fit is validated and kept (Izmailov et al. 2018,
+    arXiv:1803.05407); goes with `schedule=swa`, which keeps the rate up.
+
+    a <- (n a + w) / (n + 1) every `every` optimizer steps (null: every epoch) from `begin` on.
+    """
+
+    begin: float = 0.75
+    every: int | None = None
+
+    def build(self, watch: Watch) -> list[pl.Callback]:
+        return [RunningAverage(equal, self.settled(watch.steps), self.every or watch.epoch)]
 
 
 class StoppedError(UserError):

@@ -42,7 +42,7 @@ from niwaki.stage import Stage
 
 KINDS = (Recipe, Stage, CallbackSettings, pl.Callback, *AXES.values())
 GROUPS_OF_MANY = ("compression", "callbacks")
-FREE_MAPPINGS = ("data.columns", "model.overrides")  # whose keys no config can know
+FREE_MAPPINGS = ("data.columns", "model.overrides", "optimizer.lr_by_part")  # whose keys no config can know
 QUERIES = ("help", "hydra_help", "info", "cfg", "shell_completion")
 REPLACING = ("config_path", "config_name", "config_dir", "experimental_rerun")  # another config than the one checked
 PLUGINS = ("launcher", "sweeper")

@@ -110,9 +110,14 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
 
 def callbacks_of(recipe: Recipe, work: Work, checkpoints: Path, logged: bool) -> list[pl.Callback]:
     """The stages' callbacks first (masks are drawn before a checkpoint is saved), then the configured ones."""
-    watch = Watch(checkpoints, f"validation/{recipe.task.metric}", recipe.task.mode, work.settled, logged)
+    steps, epoch = work.context.steps, work.context.epoch
+    settled = max([work.settled, *(s.settled(steps) for s in recipe.callback_settings)])
+    watch = Watch(
+        checkpoints, f"validation/{recipe.task.metric}", recipe.task.mode, settled, logged, steps=steps, epoch=epoch
+    )
     hint = f"python train.py resume={shlex.quote(str(checkpoints.parent))}"
-    found = list(work.callbacks)
+    average = recipe.optimizer.average()
+    found = [*work.callbacks, *([average] if average else [])]
     for settings in recipe.callbacks.values():
         found += settings.build(watch) if isinstance(settings, CallbackSettings) else [settings]
-    return [*found, LastValidation(work.context.steps), Interruption(checkpoints / "last.ckpt", hint)]
+    return [*found, LastValidation(steps), Interruption(checkpoints / "last.ckpt", hint)]

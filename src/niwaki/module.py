@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from niwaki.average import Average
 from niwaki.errors import UserError
 from niwaki.optimizer import OptimizerSettings
 from niwaki.schedule import Schedule
@@ -64,6 +65,7 @@ class Learner(pl.LightningModule):
         self.terms = terms  # plain callables: a teacher is no child, so no checkpoint holds it
         self.task_weight = task_weight
         self.lr_factors = dict(lr_factors or {})
+        self.average: Average | None = None  # of the weights along the fit; set by the callback that keeps it
         self._finite = Finite()
         self._stored_randomness: dict[str, Any] | None = None
 
@@ -107,6 +109,8 @@ class Learner(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_weights()
+        if self.average is not None:
+            self.average.write(checkpoint, self)
         of_numpy: Any = numpy.random.get_state()
         checkpoint["randomness"] = {
             "python": list(random.getstate()[1]),

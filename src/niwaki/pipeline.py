@@ -69,6 +69,7 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
     stack(recipe, work, during_fit=True)
     for stage in of_phase(recipe, Phase.OBJECTIVE):
         work.add(stage.prepare(model, context))
+    recipe.optimizer.rates(model)  # refuses those without effect
     return work
 
 
@@ -91,11 +92,12 @@ def check_teachers(recipe: Recipe, corpus: Corpus) -> None:
 
 def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
     """What the stages may know of this run."""
-    vocabulary = corpus.tokenizer.get_vocab()
+    vocabulary, batches = corpus.tokenizer.get_vocab(), len(corpus.training())
     return Context(
         anatomy=Anatomy.of(model),
         targets={},
-        steps=recipe.trainer.steps(len(corpus.training())),
+        steps=recipe.trainer.steps(batches),
+        epoch=recipe.trainer.epoch(batches),
         seed=recipe.seed,
         head_learns=recipe.task.head_learns,
         predictions=recipe.task.predictions,

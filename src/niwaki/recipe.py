@@ -67,8 +67,28 @@ class Recipe:
             raise ConfigError(f"seed={self.seed}: needs a whole number from 0 to 4294967295")
         if self.task_weight < 0:
             raise ConfigError(f"task_weight={self.task_weight}: needs a number of at least 0")
+        self.refuse_conflicts()
         if self.task_weight == 0 and not any(s.phase is Phase.OBJECTIVE for s in self.compression.values()):
             raise ConfigError("task_weight=0: nothing is left to learn from; add compression=[distill/logits]")
+
+    @property
+    def callback_settings(self) -> list[CallbackSettings]:
+        """The configured callbacks of this project, without Lightning's own."""
+        return [found for found in self.callbacks.values() if isinstance(found, CallbackSettings)]
+
+    def refuse_conflicts(self) -> None:
+        """Raise ConfigError where the optimizer or an average of the weights cannot go with the rest."""
+        if reason := self.optimizer.conflict(self):
+            raise ConfigError(reason)
+        averaging = [f"callbacks={key}" for key, found in self.callbacks.items() if getattr(found, "averages", False)]
+        if len(averaging) > 1:
+            raise ConfigError(
+                f"{averaging[0]} and {averaging[1]}: each keeps its own average of the weights; choose one"
+            )
+        if averaging and not self.trainer.max_epochs:
+            raise ConfigError(
+                f"{averaging[0]} and trainer.max_epochs=0: there is no fit to average over; leave one out"
+            )
 
     @property
     def stages(self) -> list[Stage]:

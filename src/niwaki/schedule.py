@@ -59,3 +59,26 @@ class Constant(Schedule):
 
     def shape(self, progress: float) -> float:
         return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWA(Schedule):
+    """Falls to a rate that stays, as stochastic weight averaging wants it (Izmailov et al. 2018, arXiv:1803.05407).
+
+    Full until half of `begin`, then linearly down to `floor` at nine tenths of it, then constant; `begin` is that of
+    `callbacks=swa`, where the average begins.
+    """
+
+    begin: float = 0.75
+    floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.begin <= 1:
+            raise ConfigError(f"schedule.begin={self.begin}: needs a number above 0, up to 1")
+        if not 0 < self.floor < 1:
+            raise ConfigError(f"schedule.floor={self.floor}: needs a number above 0 and below 1")
+
+    def shape(self, progress: float) -> float:
+        fallen = min(max((progress / self.begin - 0.5) / 0.4, 0.0), 1.0)
+        return 1 - (1 - self.floor) * fallen

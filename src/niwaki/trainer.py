@@ -79,8 +79,12 @@ class TrainerSettings:
     def steps(self, batches: int) -> int:
         """Optimizer steps of the whole fit, from the batches of an epoch. Lightning's own estimate would make it drop
         the state of the data loader."""
-        steps = math.ceil(batches / self.accumulate) * self.max_epochs
+        steps = self.epoch(batches) * self.max_epochs
         return min(steps, self.max_steps) if self.max_steps else steps
+
+    def epoch(self, batches: int) -> int:
+        """Optimizer steps of one epoch, from its batches."""
+        return math.ceil(batches / self.accumulate)
 
     def build(self, folder: Path, logger: Any, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
         """The Lightning trainer. All checkpoints are the callbacks' business."""
