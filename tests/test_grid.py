@@ -153,6 +153,9 @@ def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
         "head": in_head or "lm_head" in name or "embed_tokens" in name,
         "bitfit": in_head or name.endswith(".bias"),
         "lora": in_head or ".lora_" in name,
+        "prefix": in_head or ".prefix." in name,
+        "prompt": in_head or ".prompt." in name,
+        "p_tuning": in_head or ".prompt." in name,
     }
     return own[tuning]
 
@@ -256,7 +259,7 @@ def task_is_llama(recipe: Any) -> bool:
 
 
 def test_the_grid_is_complete() -> None:
-    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 4, 5)
+    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 7, 5)
     assert (len(WORKING), len(REFUSED)) == (24, 8)
 
 

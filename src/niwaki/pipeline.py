@@ -75,8 +75,8 @@ def check_on_empty_model(recipe: Recipe, corpus: Corpus) -> None:
     """Let the task and every stage look at a model of the right shapes without weights, and at what teachers say of
     themselves, before weights are loaded."""
     anatomy = Anatomy.of(recipe.model.empty(recipe.task, corpus.labels))
+    recipe.tuning.grow(anatomy.model, anatomy)  # first, since a task may have fewer positions then
     recipe.task.check(anatomy)
-    recipe.tuning.grow(anatomy.model, anatomy)
     vocabulary = corpus.tokenizer.get_vocab()
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
@@ -95,6 +95,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         head_learns=recipe.task.head_learns,
         predictions=recipe.task.predictions,
         load_teacher=lambda place, field: load_teacher(place, recipe.task, corpus.labels, vocabulary, field),
+        token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
     )
 
 

@@ -103,12 +103,13 @@ class Anatomy:
 
     @property
     def positions(self) -> int | None:
-        """The tokens that the model can read at once; None where its config sets no bound."""
+        """The tokens of a text that the model can read at once; None where its config sets no bound."""
         config: Any = self.model.config
         count: int | None = getattr(config, "max_position_embeddings", None)
-        if count is None or not self.family.positions_after_padding:
-            return count
-        return count - config.pad_token_id - 1
+        if count is None:
+            return None
+        taken = config.pad_token_id + 1 if self.family.positions_after_padding else 0
+        return count - taken - getattr(self.backbone, "virtual_tokens", 0)
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of the blocks by their full name. Heads, embeddings and tied weights are not among them."""
