@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from niwaki import __version__
 from niwaki.edits import Edit, from_json
-from niwaki.errors import ArtifactError, UserError
+from niwaki.errors import ArtifactError, ConfigError, UserError
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -216,6 +216,12 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
     stored = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    lost = sorted(set(stored) - set(shapes) - set(Anatomy.of(saved.model).head_parameters()))
+    if lost:
+        raise ConfigError(
+            f"model.name={place!r}: its tuning left {lost[0]} beside the weights, and a fresh model has no place for it; "
+            "name the model that it was tuned from"
+        )
     fitting = {name: tensor for name, tensor in stored.items() if shapes.get(name) == tensor.shape}
     fresh.load_state_dict(fitting, strict=False)
     return fresh, set(shapes) - set(fitting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ class PrefixTuning(Tuning):
 
     def _written(self, model: nn.Module, anatomy: Anatomy) -> list[nn.Parameter]:
         """Let the MLP write every prefix; its parameters."""
-        width = anatomy.model.config.hidden_size  # type: ignore[union-attr]
+        config: Any = anatomy.model.config
+        width: int = config.hidden_size
         shared = Hidden(self.tokens, width, self.hidden or width)
         anatomy.backbone.add_module(NAME, shared)
         learning = list(shared.parameters())

@@ -176,4 +176,5 @@ def probe_inputs(anatomy: Anatomy) -> dict[str, Tensor]:
     backbone: Any = anatomy.backbone
     ids = torch.ones(1, 3, dtype=torch.long, device=next(backbone.parameters()).device)
     both = hasattr(backbone, "encoder") and hasattr(backbone, "decoder")
-    return {"input_ids": ids, "decoder_input_ids": ids} if both else {"input_ids": ids}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | {"decoder_input_ids": ids} if both else inputs

@@ -54,49 +54,63 @@ class Prompt(nn.Module):
             return self.encoder()
 
     def insert(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Inputs:
-        """Hook before `module`: virtual tokens first, in the embeddings, the mask, the segments and the positions."""
+        """Hook before `module`: virtual tokens before the text, in embeddings, mask, segments and positions."""
         names = list(inspect.signature(module.forward).parameters)
         inputs = dict(zip(names, args, strict=False)) | given
-        cache = inputs.get("past_key_values")
+        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         self._read = cache is None or not int(cache.get_seq_length())
-        mask = inputs.get("attention_mask")
+        order = None if mask is None else self.order(mask)
         if mask is not None:
-            inputs["attention_mask"] = self.longer(mask, 1)
+            inputs["attention_mask"] = self.longer(mask, 1, order)
         if self._read:
-            inputs |= self._before(module, inputs)
-        positions = self._positions(inputs)
+            inputs |= self._before(module, inputs, order)
+        positions = self._positions(inputs, order)
         if positions is not None and "position_ids" in names:
             inputs["position_ids"] = positions
         return (), inputs
 
-    def longer(self, values: Any, fill: int) -> Tensor:
-        """A mask or segments (rows, positions), with `fill` for the virtual tokens in front."""
-        if not isinstance(values, Tensor) or values.dim() != 2:
+    def order(self, mask: Any) -> Tensor:
+        """Where each position of (virtual tokens, text) stands: they come right before the first token of a row, behind
+        padding on its left, so that a window or a distance is the same with padding as without. (rows, positions)"""
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError("virtual tokens need a mask of shape (rows, positions), not one of another kind")
-        return functional.pad(values, (self.tokens, 0), value=fill)
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        index = torch.arange(self.tokens + mask.shape[1], device=mask.device)
+        behind = torch.where(index < padding + self.tokens, index - padding, index)
+        return torch.where(index < padding, index + self.tokens, behind)
 
-    def _before(self, module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The embeddings and the segments, if there are any, with those of the virtual tokens in front."""
+    def longer(self, values: Tensor, fill: int, order: Tensor | None) -> Tensor:
+        """A mask or segments (rows, positions), with `fill` for the virtual tokens."""
+        joined = functional.pad(values, (self.tokens, 0), value=fill)
+        return joined if order is None else joined.gather(1, order)
+
+    def _before(self, module: Any, inputs: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
+        """The embeddings and the segments, if there are any, with those of the virtual tokens."""
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = module.get_input_embeddings()(inputs["input_ids"])
-        virtual = self().to(embeds.dtype).expand(len(embeds), -1, -1)
-        changed = {"input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], dim=1)}
+        joined = torch.cat([self().to(embeds.dtype).expand(len(embeds), -1, -1), embeds], dim=1)
+        if order is not None:
+            joined = joined.gather(1, order[..., None].expand_as(joined))
+        changed = {"input_ids": None, "inputs_embeds": joined}
         if inputs.get("token_type_ids") is not None:
-            changed["token_type_ids"] = self.longer(inputs["token_type_ids"], 0)
+            changed["token_type_ids"] = self.longer(inputs["token_type_ids"], 0, order)
         return changed
 
-    def _positions(self, inputs: dict[str, Any]) -> Tensor | None:
+    def _positions(self, inputs: dict[str, Any], order: Tensor | None) -> Tensor | None:
         """Virtual tokens have the first positions, the text those that follow, wherever padding stands; None where no
         mask tells: the model counts on by itself."""
         given, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        if given is not None:
+        if given is not None and self._read:
             own = torch.arange(self.tokens, device=given.device).expand(len(given), -1) + self.first_position
-            return torch.cat([own, given + self.tokens], dim=1) if self._read else given + self.tokens
+            joined = torch.cat([own, given + self.tokens], dim=1)
+            return joined if order is None else joined.expand(len(order), -1).gather(1, order)
+        if given is not None:
+            return given + self.tokens
         if mask is None:
             return None
         present = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-        counted = mask.long().cumsum(1) - 1
+        counted = (mask.long().cumsum(1) - 1).clamp(min=0)
         return counted[:, -present.shape[1] :] + self.first_position
 
     def cut(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -116,8 +130,9 @@ class Prompt(nn.Module):
         """Hook before a decoder: its cross attention sees the virtual tokens that the encoder read."""
         names = list(inspect.signature(module.forward).parameters)
         inputs = dict(zip(names, args, strict=False)) | given
-        if inputs.get("encoder_attention_mask") is not None:
-            inputs["encoder_attention_mask"] = self.longer(inputs["encoder_attention_mask"], 1)
+        mask = inputs.get("encoder_attention_mask")
+        if mask is not None:
+            inputs["encoder_attention_mask"] = self.longer(mask, 1, self.order(mask))
         return (), inputs
 
 
@@ -181,7 +196,7 @@ def add_prompt(model: nn.Module, anatomy: Anatomy, tokens: int) -> list[Edit]:
     if anatomy.positions is not None and tokens >= anatomy.positions:
         raise ConfigError(f"tuning.tokens={tokens}: leaves no room for a text; the model reads {anatomy.positions}")
     if "inputs_embeds" not in inspect.signature(reader_of(anatomy.backbone).forward).parameters:
-        raise ConfigError(f"tuning.tokens={tokens}: a {kind} model takes no embeddings in place of tokens; use tuning=lora")
+        raise ConfigError(f"tuning.tokens={tokens}: a {kind} model takes no embeddings for tokens; use tuning=lora")
     edit = AddPrompt(tokens=tokens)
     edit.apply(model)
     return [edit]
