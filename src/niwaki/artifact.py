@@ -219,8 +219,8 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     lost = sorted(set(stored) - set(shapes) - set(Anatomy.of(saved.model).head_parameters()))
     if lost:
         raise ConfigError(
-            f"model.name={place!r}: its tuning left {lost[0]} beside the weights, and a fresh model has no place for it; "
-            "name the model that it was tuned from"
+            f"model.name={place!r}: its tuning left {lost[0]} beside the weights, where another training has no place "
+            "for it; name the model that it was tuned from"
         )
     fitting = {name: tensor for name, tensor in stored.items() if shapes.get(name) == tensor.shape}
     fresh.load_state_dict(fitting, strict=False)
