@@ -166,6 +166,16 @@ def test_both_underlying_functions_agree_and_the_prefix_matters(family: str) -> 
 
 
 @pytest.mark.parametrize("family", WORKING)
+def test_asking_for_another_function_does_not_lose_the_prefix(family: str) -> None:
+    model, batch = grown(family), rows(9, 4)
+    expected = states(model, family, *batch)
+    model.set_attn_implementation("eager")
+    seen = slice(None) if family in OF_BOTH else batch[1].bool()
+    for _ in range(2):
+        assert torch.allclose(states(model, family, *batch)[seen], expected[seen], atol=2e-5)
+
+
+@pytest.mark.parametrize("family", WORKING)
 def test_a_row_does_not_depend_on_its_batch(family: str) -> None:
     model = grown(family)
     alone = states(model, family, *rows(5))

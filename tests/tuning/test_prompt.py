@@ -69,7 +69,10 @@ def test_text_without_tokens_is_refused(setting: Callable[..., Any]) -> None:
         started(setting(), PromptTuning(init="text", text="\u200b"))
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("bert", "classification"), ("llama", "classification"), ("bert", "ner"), ("llama", "causal_lm")],
+)
 def test_n_times_the_width_learns_and_a_new_head(
     setting: Callable[..., Any], train: Callable[..., Any], family: str, task: str
 ) -> None:

@@ -116,6 +116,14 @@ def register() -> None:
         AttentionMaskInterface.register(with_prefix(name), mask)
 
 
+def attend_through(attention: Any, args: Any) -> None:
+    """Hook before an attention module: whoever asks for another function (to see the weights, say) gets it with the
+    prefix, which would be lost otherwise without a word. The masks of both are the same."""
+    asked = attention.config._attn_implementation
+    if asked in UNDERLYING:
+        attention.config._attn_implementation = with_prefix(asked)
+
+
 def with_prefix(implementation: str) -> str:
     """The name of the attention function that puts a prefix before `implementation`."""
     return f"{implementation}_with_prefix"
@@ -134,6 +142,7 @@ class AddPrefixes(Edit):
             attention = model.get_submodule(name)
             device = next(attention.parameters()).device
             attention.add_module(NAME, Prefix(self.tokens, shape, device))
+            attention.register_forward_pre_hook(attend_through)
         model.set_attn_implementation(with_prefix(model.config._attn_implementation))
 
 
