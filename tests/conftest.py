@@ -83,6 +83,7 @@ class Setting:
         return Context(
             anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0,
             head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
+            token_ids=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
         )  # fmt: skip
 
     def logits(self, model: Any = None) -> torch.Tensor:

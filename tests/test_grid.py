@@ -169,6 +169,9 @@ def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
         "gradual": True,
         "layernorm": in_head or "norm" in name.lower(),
         "top": in_head or top in name or name == "model.norm.weight",
+        "prefix": in_head or ".prefix." in name,
+        "prompt": in_head or ".prompt." in name,
+        "p_tuning": in_head or ".prompt." in name,
     }
     return own[tuning]
 
@@ -280,7 +283,7 @@ def task_is_llama(recipe: Any) -> bool:
 
 
 def test_the_grid_is_complete() -> None:
-    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 10, 5)
+    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 13, 5)
     assert (len(WORKING), len(REFUSED)) == (24, 8)
 
 

@@ -207,7 +207,7 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     for a fresh one.
 
     Raises:
-        ArtifactError: it holds weights of the blocks that the new model has no place for.
+        ArtifactError: it holds what the new model has no place for.
     """
     from niwaki.model.anatomy import Anatomy, adapt
     from niwaki.model.load import auto_class, with_labels
@@ -227,8 +227,8 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     homeless = set(stored) - set(places) - set(Anatomy.of(saved.model).head_parameters())
     if homeless:
         raise ArtifactError(
-            f"artifact {place}: holds {min(homeless)}, which a fresh {config.model_type} model has no place for; "
-            "it cannot be the start of another training"
+            f"artifact {place}: holds {min(homeless)}, which another training has no place for; start from the model "
+            "that it was tuned from"
         )
     fitting = [name for name, place in places.items() if name in stored and stored[name].shape == place.shape]
     with torch.no_grad():

@@ -76,8 +76,8 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
 def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> None:
     """Let the task and every stage look at a model of the right shapes without weights, before any is loaded."""
     anatomy = Anatomy.of(recipe.model.empty(recipe.task, labels))
+    recipe.tuning.grow(anatomy.model, anatomy)  # first, since a task may have fewer positions then
     recipe.task.check(anatomy)
-    recipe.tuning.grow(anatomy.model, anatomy)
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
 
@@ -102,6 +102,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         head_learns=recipe.task.head_learns,
         predictions=recipe.task.predictions,
         load_teacher=lambda place, field: load_teacher(place, recipe.task, corpus.labels, vocabulary, field),
+        token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
     )
 
 

@@ -56,6 +56,7 @@ class Context:
     head_learns: bool  # the head is new, so every tuning trains it
     predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
     load_teacher: Callable[[str, str], nn.Module]  # (hub name, folder or artifact; field) -> model of the same task
+    token_ids: Callable[[str], list[int]]  # of a text, without special tokens
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
     epoch: int = 0  # optimizer steps of one epoch
 

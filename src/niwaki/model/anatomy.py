@@ -179,8 +179,9 @@ class Anatomy:
 
     @property
     def positions(self) -> int | None:
-        """The tokens that the model can read at once; None where its config sets no bound."""
-        return self.family.positions(self.model.config)
+        """The tokens of a text that the model can read at once; None where its config sets no bound."""
+        count = self.family.positions(self.model.config)
+        return None if count is None else count - getattr(self.backbone, "virtual_tokens", 0)
 
     @property
     def reads_end(self) -> bool:
