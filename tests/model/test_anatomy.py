@@ -201,8 +201,12 @@ def test_kept_blocks_compute_what_they_did(setting: Callable[..., Any], family: 
 def test_a_cut_language_model_still_writes(setting: Callable[..., Any], family: str) -> None:
     one = setting(family, "causal_lm")
     Anatomy.of(one.model).keep_blocks([1, 2])
-    ids = one.tokenizer("a tree", return_tensors="pt", add_special_tokens=False)["input_ids"]
-    # The cache finds its layers by `layer_idx`: with and without it the same is written.
+    ids = one.tokenizer("a tree in the garden", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    # The cache finds its layers by `layer_idx`: with and without it the same is computed and written.
+    with torch.no_grad():
+        start = one.model(input_ids=ids[:, :-1], use_cache=True)
+        stepped = one.model(input_ids=ids[:, -1:], past_key_values=start.past_key_values)
+        assert torch.allclose(stepped.logits[0, -1], one.model(input_ids=ids).logits[0, -1], atol=1e-5)
     settings = {
         "max_new_tokens": 8,
         "do_sample": False,
