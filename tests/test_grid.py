@@ -145,6 +145,21 @@ class KeepMiddle(pl.Callback):
             shutil.copy(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", self.folder / "last.ckpt")
 
 
+ADAPTERS = {  # what the names of the parameters of each adapter contain
+    "lora": ".lora_",
+    "dora": ".lora_",
+    "adalora": ".lora_",
+    "vera": ".vera_lambda_",
+    "loha": ".hada_",
+    "lokr": ".lokr_",
+    "fourierft": ".fourierft_",
+    "ia3": ".ia3_l.",
+    "oft": ".oft_R.",
+    "boft": ".boft_",
+    "hra": ".hra_u.",
+}
+
+
 def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
     """What learns, by the name of the parameter in the model before links are stacked."""
     in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
@@ -152,9 +167,8 @@ def should_learn(tuning: str, name: str, head_learns: bool) -> bool:
         "full": True,
         "head": in_head or "lm_head" in name or "embed_tokens" in name,
         "bitfit": in_head or name.endswith(".bias"),
-        "lora": in_head or ".lora_" in name,
     }
-    return own[tuning]
+    return own[tuning] if tuning in own else in_head or ADAPTERS[tuning] in name
 
 
 def check_learning(recipe: Any, corpus: Corpus, work: Any, tuning: str) -> None:

@@ -16,7 +16,8 @@ from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.stage import refuse_conflicts
-from niwaki.tuning.lora import PARTS, LoRA
+from niwaki.tuning.lora import LoRA
+from niwaki.tuning.peft_tuning import PARTS
 
 KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "classification"), ("llama", "causal_lm")]
 
