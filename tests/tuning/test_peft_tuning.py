@@ -77,7 +77,7 @@ METHODS: dict[str, tuple[PeftTuning, Callable[[list[str], str], peft.PeftConfig]
     "ia3": (
         IA3(),
         lambda names, family: peft.IA3Config(
-            target_modules=[n for n in names if n in SCALED[family] or n.endswith((".key", ".value", "k_proj", "v_proj"))],
+            target_modules=[n for n in names if n.endswith(("key", "value", "k_proj", "v_proj", *SCALED[family]))],
             feedforward_modules=SCALED[family],
         ),
     ),
@@ -278,7 +278,9 @@ def test_links_stand_on_targets_alone(setting: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("tuning", [DoRA(dropout=0.1), AdaLoRA(dropout=0.1), VeRA(dropout=0.1)], ids=lambda t: t.name)
 def test_dropout_and_a_weight_method_are_refused_by_both_names(tuning: PeftTuning) -> None:
-    with pytest.raises(ConfigError, match=rf"^tuning={tuning.name} with tuning.dropout=0.1 and prune/magnitude: [^\n]*$"):
+    with pytest.raises(
+        ConfigError, match=rf"^tuning={tuning.name} with tuning.dropout=0.1 and prune/magnitude: [^\n]*$"
+    ):
         refuse_conflicts([tuning, Magnitude()])
 
 

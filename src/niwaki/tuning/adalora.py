@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.stage import Context, Effects
-from niwaki.tuning.peft_tuning import PeftTuning, check_positive
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning, check_positive
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -35,7 +35,7 @@ class Ranks(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(PeftTuning):
-    """W + (alpha / rank) P diag(e) Q, with entries of e set to zero until `target_rank` of each linear's `rank` are left
+    """W + (alpha / rank) P diag(e) Q, with entries of e set to zero until `target_rank` of a linear's `rank` are left,
     on average: those of the least importance, |parameter x gradient| smoothed over steps, over all linears together.
 
     The number that is left falls as (1 - t)^3 from `begin` to `end` (fractions of the fit), every `interval` optimizer
@@ -59,7 +59,9 @@ class AdaLoRA(PeftTuning):
         super().__post_init__()
         check_positive(rank=self.rank, alpha=self.alpha, interval=self.interval)
         if not 1 <= self.target_rank < self.rank:
-            raise ConfigError(f"tuning.target_rank={self.target_rank}: needs at least 1, and less than rank={self.rank}")
+            raise ConfigError(
+                f"tuning.target_rank={self.target_rank}: needs at least 1, and less than rank={self.rank}"
+            )
         if not 0 <= self.begin < self.end <= 1:
             raise ConfigError(f"tuning.begin={self.begin}, end={self.end}: needs 0 <= begin < end <= 1")
         if len(self.betas) != 2 or not all(0 < beta < 1 for beta in self.betas):
@@ -140,6 +142,9 @@ class RankSchedule(pl.Callback):
         if step == self._done:  # gradients wait for their step
             return
         self._done = step
+        allocator, last = self._tuner.rankallocator, self._config.total_step - self._config.tfinal
+        if step == last and not allocator.ipt:  # PEFT scores every step but the last one, which may be the first
+            allocator.update_ipt(self._tuner.model)
         self._tuner.update_and_allocate(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,6 +167,7 @@ class RankSchedule(pl.Callback):
 
 def ranks(model: nn.Module) -> dict[str, int]:
     """The ranks that are not masked, by the name of the linear."""
-    from niwaki.tuning.delta import ADAPTER, adapters
+    from niwaki.tuning.delta import adapters
 
-    return {name: int(layer.lora_E[ADAPTER].count_nonzero()) for name, layer in adapters(model)}  # type: ignore[index, operator, union-attr]
+    entries: dict[str, Any] = {name: layer for name, layer in adapters(model)}
+    return {name: int(layer.lora_E[ADAPTER].count_nonzero()) for name, layer in entries.items()}

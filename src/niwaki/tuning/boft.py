@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from niwaki.errors import ConfigError
 from niwaki.stage import Context, Effects
-from niwaki.tuning.peft_tuning import PeftTuning
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BOFT(PeftTuning):
-    """diag(s) W R^T, R = B_m ... B_1, each B_i = P_i D_i P_i^T with D_i block-diagonal and orthogonal (Cayley) and P_i the
-    i-th butterfly permutation; R is I and s is 1 at the start.
+    """diag(s) W R^T, R = B_m ... B_1, each B_i = P_i D_i P_i^T with D_i block-diagonal and orthogonal (Cayley) and P_i
+    the i-th butterfly permutation; R is I and s is 1 at the start.
 
     `block`: inputs that one block rotates. `factors`: m; with 1 it is OFT with a learned scale per output, and each
-    further one doubles the inputs that an output of R sees. The merged weight is always what the model runs with: PEFT's
-    own forward would compile a CUDA kernel, and silently take one factor where it cannot.
+    further one doubles the inputs that an output of R sees. The merged weight is always what the model runs with:
+    PEFT's own forward would compile a CUDA kernel, and silently take one factor where it cannot.
     """
 
     paper: ClassVar[str] = "Liu et al. 2023, arXiv:2311.06243"
@@ -66,21 +66,22 @@ class BOFT(PeftTuning):
         return Effects()
 
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
-        blocks: Tensor = layer.boft_R["default"]  # (factors, blocks, block, block)
+        blocks: Tensor = layer.boft_R[ADAPTER]  # (factors, blocks, block, block)
         orthogonal = layer.cayley_batch(blocks.flatten(0, 1)).view_as(blocks)
         for factor, permutation in zip(orthogonal, layer.boft_P, strict=True):
             order = permutation.argmax(1)
             whole = torch.block_diag(*factor)[order][:, order]  # P D P^T
             weight = weight @ whole.T
-        scale: Tensor = layer.boft_s["default"]  # (out, 1)
+        scale: Tensor = layer.boft_s[ADAPTER]  # (out, 1)
         return scale * weight
 
 
 @contextmanager
 def without_kernel() -> Iterator[None]:
     """Let PEFT make its layers as if its CUDA kernel were there; only its own forward would call it."""
-    from peft.tuners.boft import layer
+    from peft.tuners.boft import layer as found
 
+    layer: Any = found
     before = layer._FBD_CUDA
     layer._FBD_CUDA = object()
     try:

@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from niwaki.stage import Phase
+from niwaki.tuning.peft_tuning import ADAPTER
 from niwaki.weights import Link, replace_module, stack
-
-ADAPTER = "default"
 
 Merge = Callable[[Any, Tensor], Tensor]
 """(adapter layer, base weight) -> merged weight, both (out, in)."""
@@ -51,7 +50,7 @@ class Delta(Link):
 def inject(model: nn.Module, config: PeftConfig) -> BaseTuner:
     """Put adapters on the linears that `config.target_modules` names, and freeze all other parameters. Returns
     PEFT's tuner, which only some methods have a use for."""
-    tuner: type[BaseTuner] = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Already found a `peft_config`.*")
         return tuner(model, config, adapter_name=ADAPTER)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from niwaki.stage import Context
-from niwaki.tuning.peft_tuning import PeftTuning, check_positive
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning, check_positive
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -47,5 +47,5 @@ class DoRA(PeftTuning):
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
         direction = super().merged(layer, weight)
         norm = direction.detach().norm(dim=1, keepdim=True)
-        magnitude: Tensor = layer.lora_magnitude_vector["default"].weight
+        magnitude: Tensor = layer.lora_magnitude_vector[ADAPTER].weight
         return magnitude[:, None] / norm * direction

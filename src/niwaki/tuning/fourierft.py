@@ -36,7 +36,9 @@ class FourierFT(PeftTuning):
     def check_linear(self, name: str, linear: nn.Linear) -> None:
         if self.frequencies > linear.in_features * linear.out_features:
             size = linear.in_features * linear.out_features
-            raise ConfigError(f"tuning.frequencies={self.frequencies}: {name} has {size} entries; needs no more than that")
+            raise ConfigError(
+                f"tuning.frequencies={self.frequencies}: {name} has {size} entries; needs no more than that"
+            )
 
     def config(self, names: list[str], context: Context) -> PeftConfig:
         from peft import FourierFTConfig

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from niwaki.errors import ConfigError
 from niwaki.stage import Context
-from niwaki.tuning.peft_tuning import PeftTuning
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -26,7 +26,9 @@ class HRA(PeftTuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 2 or self.rank % 2:
-            raise ConfigError(f"tuning.rank={self.rank}: needs an even number of at least 2, since reflections start in pairs")
+            raise ConfigError(
+                f"tuning.rank={self.rank}: needs an even number of at least 2, since reflections start in pairs"
+            )
 
     def config(self, names: list[str], context: Context) -> PeftConfig:
         from peft import HRAConfig
@@ -34,7 +36,7 @@ class HRA(PeftTuning):
         return HRAConfig(r=self.rank, target_modules=names)
 
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
-        directions: Tensor = layer.hra_u["default"]  # (in, rank)
+        directions: Tensor = layer.hra_u[ADAPTER]  # (in, rank)
         for unit in (directions / directions.norm(dim=0)).unbind(1):
             weight = weight - 2 * (weight @ unit)[:, None] * unit
         return weight

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from niwaki.edits import Edit
 from niwaki.stage import Context
-from niwaki.tuning.peft_tuning import PeftTuning
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,7 +27,7 @@ class ScaledBias(nn.Module):
         self._layer = (layer,)  # in a tuple: a registered child would make a cycle
 
     def forward(self, bias: Tensor) -> Tensor:
-        return bias * self._layer[0].ia3_l["default"].flatten()
+        return bias * self._layer[0].ia3_l[ADAPTER].flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class IA3(PeftTuning):
         return IA3Config(target_modules=names, feedforward_modules=ends)
 
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
-        scale: Tensor = layer.ia3_l["default"]  # (out, 1), or (1, in) in the feed-forward
+        scale: Tensor = layer.ia3_l[ADAPTER]  # (out, 1), or (1, in) in the feed-forward
         return weight * scale
 
     def link(self, model: nn.Module, context: Context) -> None:

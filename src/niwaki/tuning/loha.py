@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from niwaki.stage import Context
-from niwaki.tuning.peft_tuning import PeftTuning, check_positive
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning, check_positive
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -36,7 +36,7 @@ class LoHa(PeftTuning):
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
         # PEFT's own asks the base layer for its weight, which would ask this again.
         a1, b1, a2, b2 = (
-            getattr(layer, f"hada_{name}")["default"] for name in ("w1_a", "w1_b", "w2_a", "w2_b")
+            getattr(layer, f"hada_{name}")[ADAPTER] for name in ("w1_a", "w1_b", "w2_a", "w2_b")
         )  # fmt: skip
-        delta: Tensor = layer.scaling["default"] * (a1 @ b1) * (a2 @ b2)
+        delta: Tensor = layer.scaling[ADAPTER] * (a1 @ b1) * (a2 @ b2)
         return weight + delta

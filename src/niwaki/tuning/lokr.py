@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from niwaki.errors import ConfigError
 from niwaki.stage import Context
-from niwaki.tuning.peft_tuning import PeftTuning, check_positive
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning, check_positive
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,14 +52,15 @@ class LoKr(PeftTuning):
 
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
         # PEFT's own asks the base layer for its weight, which would ask this again.
-        delta: Tensor = layer.scaling["default"] * torch.kron(whole(layer, "lokr_w1"), whole(layer, "lokr_w2"))
+        delta: Tensor = layer.scaling[ADAPTER] * torch.kron(whole(layer, "lokr_w1"), whole(layer, "lokr_w2"))
         return weight + delta
 
 
 def whole(layer: Any, name: str) -> Tensor:
     """One side of the Kronecker product, which PEFT keeps as one matrix or as two."""
-    one = getattr(layer, name)
-    if "default" in one:
-        return one["default"]  # type: ignore[no-any-return]
+    one: Mapping[str, Tensor] = getattr(layer, name)
+    if ADAPTER in one:
+        return one[ADAPTER]
     first, second = getattr(layer, f"{name}_a"), getattr(layer, f"{name}_b")
-    return first["default"] @ second["default"]  # type: ignore[no-any-return]
+    product: Tensor = first[ADAPTER] @ second[ADAPTER]
+    return product

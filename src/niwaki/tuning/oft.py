@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from niwaki.errors import ConfigError
 from niwaki.stage import Context
-from niwaki.tuning.peft_tuning import PeftTuning
+from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OFT(PeftTuning):
-    """W R^T, R block-diagonal with blocks (I - Q)(I + Q)^-1, Q skew-symmetric and zero at the start.
+    """W R^T, R block-diagonal with blocks (I + Q)(I - Q)^-1, Q skew-symmetric and zero at the start.
 
     `block`: inputs that are rotated together. `share_blocks`: one rotation for all blocks of a linear.
     `terms`: of the Neumann series in place of the inverse, which is faster and nearly orthogonal for a small Q; null
-    for the inverse itself.
+    for the inverse itself, which PEFT takes of -Q.
     """
 
     paper: ClassVar[str] = "Qiu et al. 2023, arXiv:2306.07280"
@@ -39,7 +39,9 @@ class OFT(PeftTuning):
 
     def check_linear(self, name: str, linear: nn.Linear) -> None:
         if linear.in_features % self.block:
-            raise ConfigError(f"tuning.block={self.block}: {name} has {linear.in_features} inputs; needs a divisor of it")
+            raise ConfigError(
+                f"tuning.block={self.block}: {name} has {linear.in_features} inputs; needs a divisor of it"
+            )
 
     def config(self, names: list[str], context: Context) -> PeftConfig:
         from peft import OFTConfig
@@ -53,5 +55,5 @@ class OFT(PeftTuning):
         )
 
     def merged(self, layer: Any, weight: Tensor) -> Tensor:
-        rotation: Tensor = layer.get_delta_weight("default")  # (in, in)
+        rotation: Tensor = layer.get_delta_weight(ADAPTER)  # (in, in)
         return weight @ rotation.T

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
 
+ADAPTER = "default"  # the name that PEFT knows the adapter by
 PARTS = ("query", "key", "value", "output", "feed_in", "feed_gate", "feed_out")
 
 
