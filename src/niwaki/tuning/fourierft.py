@@ -23,7 +23,7 @@ class FourierFT(PeftTuning):
 
     paper: ClassVar[str] = "Gao et al. 2024, arXiv:2405.03003"
 
-    frequencies: int = 1000
+    frequencies: int = 500
     scaling: float = 150.0
     init: Literal["zero", "normal"] = "zero"
 
