@@ -179,3 +179,17 @@ def test_the_merge_has_the_rank_that_is_left(setting: Callable[..., Any], train:
         delta = one.model.get_submodule(name).weight.detach() - base.model.get_submodule(name).weight.detach()
         assert int(torch.linalg.matrix_rank(delta, atol=1e-6)) <= rank
         assert bool(delta.any()) == bool(rank)
+
+
+def test_a_step_that_fp16_left_out_does_not_spoil_the_scores(setting: Callable[..., Any]) -> None:
+    one = setting()
+    (schedule,) = AdaLoRA(rank=4, target_rank=2).prepare(one.model, one.context(STEPS)).callbacks
+    one.task.loss(one.model(**one.task.inputs(one.batch())), one.batch()).backward()
+    for parameter in one.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.view(-1)[0] = float("inf")
+    trainer: Any = type("Trainer", (), {"global_step": 1})
+    schedule.on_train_batch_end(trainer, one.learner(), None, None, 0)
+    scores = [score for kind in schedule.state_dict()["scores"].values() for score in kind.values()]
+    assert len(scores) == 3 * 3 * 18
+    assert all(bool(torch.isfinite(score).all()) for score in scores)

@@ -142,6 +142,9 @@ class RankSchedule(pl.Callback):
         if step == self._done:  # gradients wait for their step
             return
         self._done = step
+        for parameter in self._tuner.model.parameters():
+            if parameter.grad is not None:  # of a step that fp16 left out: it would stay in the means for good
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
         allocator, last = self._tuner.rankallocator, self._config.total_step - self._config.tfinal
         if step == last and not allocator.ipt:  # PEFT scores every step but the last one, which may be the first
             allocator.update_ipt(self._tuner.model)
