@@ -89,7 +89,10 @@ def test_then_the_module_that_bears_the_option_s_name_then_the_class(folder):
     (folder / "lora.yaml").write_text("_target_: niwaki.tuning.lora.LoRA\n")
     (folder / "b.yaml").write_text("_target_: niwaki.tuning.lora.LoRA\n")
     by_class, by_module = options()
-    assert by_module.summary == "LoRA, with rank-stabilised scaling."
+    assert (
+        by_module.summary
+        == "LoRA, with rank-stabilised scaling, two learning rates, and starts from the weight itself: PiSSA and OLoRA."
+    )
     assert by_class.summary.startswith("W + (alpha / rank) B A")
     assert by_class.default
 

@@ -154,6 +154,21 @@ class KeepMiddle(pl.Callback):
             shutil.copy(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", self.folder / "last.ckpt")
 
 
+ADAPTERS = {  # what the names of the parameters of each adapter contain
+    "lora": ".lora_",
+    "dora": ".lora_",
+    "adalora": ".lora_",
+    "vera": ".vera_lambda_",
+    "loha": ".hada_",
+    "lokr": ".lokr_",
+    "fourierft": ".fourierft_",
+    "ia3": ".ia3_l.",
+    "oft": ".oft_R.",
+    "boft": ".boft_",
+    "hra": ".hra_u.",
+}
+
+
 def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
     """What learns, by the name of the parameter in the model before links are stacked; `top` is in those of the top
     block."""
@@ -162,7 +177,6 @@ def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
         "full": True,
         "head": in_head or "lm_head" in name or "embed_tokens" in name,
         "bitfit": in_head or name.endswith(".bias"),
-        "lora": in_head or ".lora_" in name,
         "adapter": in_head or ".adapter." in name or is_block_norm(name),
         "adapter_pfeiffer": in_head or ".adapter." in name,
         "adapter_parallel": in_head or ".adapter." in name,
@@ -173,7 +187,7 @@ def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
         "prompt": in_head or ".prompt." in name,
         "p_tuning": in_head or ".prompt." in name,
     }
-    return own[tuning]
+    return own[tuning] if tuning in own else in_head or ADAPTERS[tuning] in name
 
 
 def is_block_norm(name: str) -> bool:
@@ -283,7 +297,7 @@ def task_is_llama(recipe: Any) -> bool:
 
 
 def test_the_grid_is_complete() -> None:
-    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 13, 5)
+    assert (len(TASKS), len(TUNINGS), len(COMPRESSIONS)) == (3, 23, 5)
     assert (len(WORKING), len(REFUSED)) == (24, 8)
 
 

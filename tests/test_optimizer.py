@@ -63,12 +63,12 @@ def test_a_factor_multiplies_the_rate_of_what_it_names() -> None:
 
 def one_step(settings: Any) -> float:
     """The weight after one step from 2 with gradient 0.5."""
-    model = nn.Linear(1, 1, bias=False)
+    model = nn.Linear(2, 2, bias=False)
     model.weight.data.fill_(2.0)
     optimizer = settings.build(model)
-    model.weight.grad = torch.full((1, 1), 0.5)
+    model.weight.grad = torch.full((2, 2), 0.5)
     optimizer.step()
-    return model.weight.item()
+    return model.weight[0, 0].item()
 
 
 def test_steps_worked_by_hand() -> None:

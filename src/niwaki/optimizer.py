@@ -72,13 +72,13 @@ class OptimizerSettings(abc.ABC):
 def groups(
     model: nn.Module, rates: Mapping[str, float], weight_decay: float, factors: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """What learns, in groups of one learning rate and weight decay: matrices with decay, vectors (biases and norms)
-    without."""
+    """What learns, in groups of one learning rate and weight decay: matrices with decay, vectors (biases, norms, scales
+    of one row or column, which decay would pull from 1 to 0) without."""
     parted: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates[name] * factors.get(name, 1.0)
-            parted.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+            matrix = sum(size > 1 for size in parameter.shape) > 1
+            parted.setdefault((rates[name] * factors.get(name, 1.0), matrix), []).append(parameter)
     return [
         {"params": found, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
         for (rate, decays), found in sorted(parted.items(), key=lambda item: (item[0][0], not item[0][1]))

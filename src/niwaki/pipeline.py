@@ -49,7 +49,8 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
         folder / "model", model=model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
         base_config=work.base_config, edits=work.edits, columns=corpus.columns,
     )  # fmt: skip
-    metrics = sides.compare(recipe, corpus, model, folder, before, fitted.facts(), list(work.context.targets))
+    facts = {**fitted.facts(), **work.context.facts}
+    metrics = sides.compare(recipe, corpus, model, folder, before, facts, list(work.context.targets))
     sides.write(folder, metrics, config)
     fitted.close(metrics)
     console.result(metrics, folder)

@@ -59,6 +59,7 @@ class Context:
     token_ids: Callable[[str], list[int]]  # of a text, without special tokens
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
     epoch: int = 0  # optimizer steps of one epoch
+    facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
 
 
 @dataclass

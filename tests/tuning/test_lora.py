@@ -16,8 +16,10 @@ from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import PARTS
+from niwaki.optimizer import SGD
 from niwaki.stage import refuse_conflicts
 from niwaki.tuning.lora import LoRA
+from niwaki.weights import fold
 
 KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "classification"), ("llama", "causal_lm")]
 
@@ -160,3 +162,52 @@ def test_a_copy_of_a_merged_model_is_a_plain_model(setting: Callable[..., Any]) 
     draw(one.model)
     tuning.finalize(one.model, context)
     assert torch.equal(one.logits(copy.deepcopy(one.model)), one.logits())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize(("family", "task"), KINDS)
+def test_a_start_from_the_weight_itself(setting: Callable[..., Any], family: str, task: str, init: Any) -> None:
+    one, base = setting(family, task), setting(family, task)
+    tuning = LoRA(rank=5, alpha=3.0, init=init)
+    before = one.logits()
+    context = one.context()
+    tuning.prepare(one.model, context)
+    assert float((one.logits() - before).abs().max()) <= 1e-6
+    state = one.model.state_dict()
+    for name, linear in base.context().targets.items():
+        a, b = (state[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+        kept = state[f"{name}.base_layer.weight"]
+        assert torch.allclose(kept + 3 / 5 * b @ a, linear.weight, atol=1e-6)
+        if init == "pissa":  # the largest singular values are in the adapter
+            values = torch.linalg.svdvals(linear.weight.detach())
+            assert torch.allclose(torch.linalg.svdvals(3 / 5 * b @ a)[:5], values[:5], atol=1e-5)
+            assert torch.allclose(torch.linalg.svdvals(kept)[:-5], values[5:], atol=1e-5)
+        else:
+            assert torch.allclose(b.T @ b, torch.eye(5), atol=1e-5)
+    tuning.link(one.model, context)
+    assert float((one.logits() - before).abs().max()) <= 1e-6
+    linked = one.logits()
+    fold(context.targets)
+    tuning.finalize(one.model, context)
+    assert torch.equal(one.logits(), linked)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_b_learns_faster_than_a(setting: Callable[..., Any], linked: bool) -> None:
+    one = setting()
+    context, tuning = one.context(), LoRA(rank=2, lr_ratio=16.0)
+    effects = tuning.prepare(one.model, context)
+    if linked:
+        tuning.link(one.model, context)
+    named = dict(one.model.named_parameters())
+    assert set(effects.lr_factors) == {n for n in named if ".lora_B." in n}
+    settings = SGD(lr=0.25, momentum=0.0)
+    rates = {
+        id(p): group["lr"]
+        for group in settings.build(one.model, factors=effects.lr_factors).param_groups
+        for p in group["params"]
+    }
+    assert {n: rates[id(p)] for n, p in named.items() if p.requires_grad} == {
+        n: 4.0 if ".lora_B." in n else 0.25 for n, p in named.items() if p.requires_grad
+    }
+    assert LoRA().prepare((other := setting()).model, other.context()).lr_factors == {}

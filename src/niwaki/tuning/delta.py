@@ -1,50 +1,59 @@
-"""PEFT's additive adapters as the first link of the weight chain.
+"""PEFT's adapters as the first link of the weight chain.
 
-PEFT computes y = W x + delta(x) beside the base layer. Where something follows the delta (a mask, an integer grid)
-that is another function than what a merge would leave, so the delta becomes a link, w -> w + delta, and PEFT's own
-forward is told that the adapter is merged already: it then only calls its base layer.
+PEFT computes its part beside the base layer, y = W x + delta(x) for most. Where something follows (a mask, an integer
+grid) that is another function than what a merge would leave, so the merge becomes a link, w -> merged(w), and PEFT's
+own forward is told that the adapter is merged already: it then only calls its base layer.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from niwaki.stage import Phase
+from niwaki.tuning.peft_tuning import ADAPTER
 from niwaki.weights import Link, replace_module, stack
 
-ADAPTER = "default"
+Merge = Callable[[Any, Tensor], Tensor]
+"""(adapter layer, base weight) -> merged weight, both (out, in)."""
+
+
+def plus_delta(layer: Any, weight: Tensor) -> Tensor:
+    """w + delta: the merge of every additive adapter."""
+    merged: Tensor = weight + layer.get_delta_weight(ADAPTER)
+    return merged
 
 
 class Delta(Link):
-    """w -> w + delta, with PEFT's `get_delta_weight`. Runs in full precision: a fold has no autocast either."""
+    """w -> merged(w) with one adapter layer. Runs in full precision: a fold has no autocast either."""
 
     phase = Phase.TUNE
 
-    def __init__(self, layer: BaseTunerLayer) -> None:
+    def __init__(self, layer: BaseTunerLayer, merged: Merge = plus_delta) -> None:
         super().__init__()
         self._layer = (layer,)  # in a tuple: a registered child would make a cycle
+        self._merged = merged
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            layer: Any = self._layer[0]
-            return weight + layer.get_delta_weight(ADAPTER)
+            return self._merged(self._layer[0], weight)
 
 
-def inject(model: nn.Module, config: PeftConfig) -> None:
-    """Put adapters on the linears that `config.target_modules` names, and freeze all other parameters."""
+def inject(model: nn.Module, config: PeftConfig) -> BaseTuner:
+    """Put adapters on the linears that `config.target_modules` names, and freeze all other parameters. Returns
+    PEFT's tuner, which only some methods have a use for."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Already found a `peft_config`.*")
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{ADAPTER}." in name or name.endswith(f".{ADAPTER}"))
+        return tuner(model, config, adapter_name=ADAPTER)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
@@ -54,13 +63,13 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield name, module
 
 
-def link(model: nn.Module, targets: Mapping[str, nn.Linear]) -> None:
-    """Move the delta of every adapter whose base layer is a target into its weight chain."""
+def link(model: nn.Module, targets: Mapping[str, nn.Linear], merged: Merge = plus_delta) -> None:
+    """Move the merge of every adapter whose base layer is a target into its weight chain."""
     chained = {id(linear) for linear in targets.values()}
     for _, layer in adapters(model):
         base = layer.get_base_layer()
         if id(base) in chained and not parametrize.is_parametrized(base, "weight"):
-            stack(base, Delta(layer))  # type: ignore[arg-type]
+            stack(base, Delta(layer, merged))  # type: ignore[arg-type]
             layer.merged_adapters = [ADAPTER]
 
 

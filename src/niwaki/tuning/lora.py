@@ -1,25 +1,29 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685), with rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732), two
+learning rates (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and starts from the weight itself: PiSSA (Meng et al. 2024,
+arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:2406.01775)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
-from niwaki.edits import Edit
 from niwaki.errors import ConfigError
-from niwaki.model.anatomy import PARTS, Anatomy
-from niwaki.stage import Context, Effects, Stage, Tuning
+from niwaki.stage import Context, Effects
+from niwaki.tuning.peft_tuning import PeftTuning, check_positive
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Tuning):
+class LoRA(PeftTuning):
     """W + (alpha / rank) B A, with A (rank, in) random and B (out, rank) zero at the start; W is frozen.
 
-    `rank_stabilized` divides alpha by sqrt(rank) instead. `parts` names the linears of a block that get an adapter.
-    Under weight compression the delta is the first link of the chain, so the sum is what is masked and rounded.
+    `rank_stabilized` divides alpha by sqrt(rank) instead. `lr_ratio`: learning rate of B over that of A (LoRA+).
+    `init=pissa`: B A are the `rank` largest singular values of W with their vectors, `init=olora`: the first columns
+    and rows of its QR decomposition; either way W keeps the rest, so that the sum is W at the start.
     """
 
     paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685"
@@ -28,57 +32,34 @@ class LoRA(Tuning):
     alpha: float = 32.0
     dropout: float = 0.0
     rank_stabilized: bool = False
-    parts: Sequence[str] = PARTS
+    init: Literal["default", "pissa", "olora"] = "default"
+    lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"tuning.rank={self.rank}: needs a whole number of at least 1")
-        if self.alpha <= 0:
-            raise ConfigError(f"tuning.alpha={self.alpha}: needs a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"tuning.dropout={self.dropout}: needs a number in 0..1, below 1")
-        unknown = [part for part in self.parts if part not in PARTS]
-        if unknown or not self.parts:
-            raise ConfigError(f"tuning.parts={list(self.parts)}: needs some of {', '.join(PARTS)}")
+        super().__post_init__()
+        check_positive(rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
+        if self.init not in ("default", "pissa", "olora"):
+            raise ConfigError(f"tuning.init={self.init!r}: needs default, pissa or olora")
 
-    def conflict(self, others: Sequence[Stage]) -> str | None:
-        weight = next((o for o in others if o.phase.acts_on_weights and o.during_fit), None)
-        if self.dropout and weight:
-            return (
-                f"tuning=lora with tuning.dropout={self.dropout} and {weight.name}: the delta is part of the weight "
-                "there, and a dropout of its input has no effect; set tuning.dropout=0"
-            )
-        return None
+    def check_linear(self, name: str, linear: nn.Linear) -> None:
+        full = min(linear.in_features, linear.out_features)
+        if self.init != "default" and self.rank > full:
+            raise ConfigError(f"tuning.rank={self.rank}: {name} has rank {full}; init={self.init} needs no more")
 
-    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        if not anatomy.part_names(self.parts):
-            raise ConfigError(f"tuning.parts={list(self.parts)}: this family of models has none of them")
-
-    def prepare(self, model: nn.Module, context: Context) -> Effects:
+    def config(self, names: list[str], context: Context) -> PeftConfig:
         from peft import LoraConfig
 
-        from niwaki.tuning.delta import inject
-
-        config = LoraConfig(
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             use_rslora=self.rank_stabilized,
-            target_modules=context.anatomy.part_names(self.parts),
+            init_lora_weights=True if self.init == "default" else self.init,
+            target_modules=names,
         )
-        head = list(context.anatomy.head_parameters().values()) if context.head_learns else []
-        inject(model, config)
-        for parameter in head:
-            parameter.requires_grad_(True)
-        return Effects()
 
-    def link(self, model: nn.Module, context: Context) -> None:
-        from niwaki.tuning import delta
-
-        delta.link(model, context.targets)
-
-    def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        from niwaki.tuning.delta import unload
-
-        unload(model)
-        return []
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        self.inject(model, context)
+        if self.lr_ratio == 1:
+            return Effects()
+        return Effects(lr_factors={name: self.lr_ratio for name, _ in model.named_parameters() if ".lora_B." in name})
