@@ -60,7 +60,10 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file(unique_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
+        state = unique_tensors(model)
+        for edit in reversed(edits):
+            state = edit.set_aside(model, state, partial)
+        save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(partial)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(partial)
@@ -75,8 +78,9 @@ def save(
             "base_config": base_config,
             "edits": [edit.to_json() for edit in edits],
             "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
-                for path in sorted(partial.iterdir())
+                path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
             },
         }
         (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -87,8 +91,9 @@ def save(
     partial.rename(folder)
 
 
-def load(folder: str | Path) -> Artifact:
+def load(folder: str | Path, *, base_alone: bool = False) -> Artifact:
     """Verify the artifact, rebuild its structure, load its weights. fp32 or integers, on the CPU, in eval mode.
+    `base_alone` leaves out what is saved beside the weights: adapters.
 
     Raises:
         ArtifactError: missing, truncated or altered files, or a card that does not fit the weights.
@@ -102,6 +107,8 @@ def load(folder: str | Path) -> Artifact:
     edits = tuple(from_json(record) for record in card["edits"])
     model = rebuild(card["base_config"], edits, task, folder)
     fill(model, load_file(folder / WEIGHTS), folder)
+    for edit in () if base_alone else edits:
+        edit.complete(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
@@ -138,7 +145,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     card = parse_card(folder)
     for name, facts in card["files"].items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if not is_inside(name) or not path.is_file():
             raise ArtifactError(f"artifact {folder}: the file {name} is missing")
         if path.stat().st_size != facts["bytes"]:
             raise ArtifactError(
@@ -146,10 +153,22 @@ def read_card(folder: Path) -> dict[str, Any]:
             )
         if checksum(path) != facts["sha256"]:
             raise ArtifactError(f"artifact {folder}: {name} was altered (its checksum is not the one in {CARD})")
-    foreign = sorted({path.name for path in folder.iterdir()} - {CARD, *card["files"]})
+    known = {CARD, *card["files"], *(name.partition("/")[0] for name in card["files"])}
+    foreign = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*")} - known)
     if foreign:
         raise ArtifactError(f"artifact {folder}: {foreign[0]} is not listed in {CARD}; move it elsewhere")
     return card
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file of that name lies in the artifact's folder, or in a folder in it."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") and Path(part).name == part for part in parts)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all the weights that an artifact holds, adapters beside the base included."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def parse_card(folder: Path) -> dict[str, Any]:
@@ -203,14 +222,16 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
 
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
     """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
-    integers become fp32 weights again; a head for another task or other labels is left behind for a fresh one."""
+    integers become fp32 weights again and adapters are merged; a head for another task or other labels is left behind
+    for a fresh one."""
     from niwaki.model.anatomy import Anatomy
     from niwaki.model.load import auto_class, with_labels
+    from niwaki.weights import to_dense
 
     saved = load(place)
-    for name, module in list(saved.model.named_modules()):
-        if hasattr(module, "dequantized"):
-            replace_by_linear(saved.model, name, module)
+    to_dense(saved.model)
+    for edit in saved.edits:
+        edit.merge(saved.model)
     fresh = auto_class(task).from_config(with_labels(config, labels), dtype=torch.float32)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
@@ -219,16 +240,6 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     fitting = {name: tensor for name, tensor in stored.items() if shapes.get(name) == tensor.shape}
     fresh.load_state_dict(fitting, strict=False)
     return fresh, set(shapes) - set(fitting)
-
-
-def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:
-    """A dense linear with the dequantized weight in place of an integer one."""
-    from niwaki.weights import replace_module
-
-    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    linear.weight = nn.Parameter(module.dequantized())
-    linear.bias = module.bias
-    replace_module(model, name, linear)
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ class Context:
     predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
     load_teacher: Callable[[str, str], nn.Module]  # (hub name, folder or artifact; field) -> model of the same task
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
+    kept: dict[str, Tensor] = field(default_factory=dict)  # parameters as they were before the fit, where one asked
 
 
 @dataclass

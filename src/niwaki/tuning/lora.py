@@ -12,6 +12,7 @@ from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Effects, Stage, Tuning
+from niwaki.tuning import beside
 
 PARTS = ("query", "key", "value", "output", "feed_in", "feed_gate", "feed_out")
 
@@ -22,6 +23,7 @@ class LoRA(Tuning):
 
     `rank_stabilized` divides alpha by sqrt(rank) instead. `parts` names the linears of a block that get an adapter.
     Under weight compression the delta is the first link of the chain, so the sum is what is masked and rounded.
+    `merge=false` saves the base as it was and, beside it, the adapter and the head that learned.
     """
 
     paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685"
@@ -31,6 +33,7 @@ class LoRA(Tuning):
     dropout: float = 0.0
     rank_stabilized: bool = False
     parts: Sequence[str] = PARTS
+    merge: bool = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -50,7 +53,7 @@ class LoRA(Tuning):
                 f"tuning=lora with tuning.dropout={self.dropout} and {weight.name}: the delta is part of the weight "
                 "there, and a dropout of its input has no effect; set tuning.dropout=0"
             )
-        return None
+        return None if self.merge else beside.conflict(self.name, others)
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if not self._names(anatomy):
@@ -72,6 +75,8 @@ class LoRA(Tuning):
         inject(model, config)
         for parameter in head:
             parameter.requires_grad_(True)
+        if not self.merge:
+            beside.remember(model, context)
         return Effects()
 
     def link(self, model: nn.Module, context: Context) -> None:
@@ -82,6 +87,8 @@ class LoRA(Tuning):
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
         from niwaki.tuning.delta import unload
 
+        if not self.merge:
+            return beside.leave(model, context)
         unload(model)
         return []
 
