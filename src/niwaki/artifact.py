@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from niwaki import __version__
 from niwaki.edits import Edit, from_json
 from niwaki.errors import ArtifactError, UserError
+from niwaki.naming import is_plain
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -78,7 +79,7 @@ def save(
             "base_config": base_config,
             "edits": [edit.to_json() for edit in edits],
             "files": {
-                path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
+                path.relative_to(partial).as_posix(): stamp(path)
                 for path in sorted(partial.rglob("*"))
                 if path.is_file()
             },
@@ -163,7 +164,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 def is_inside(name: str) -> bool:
     """Whether a file of that name lies in the artifact's folder, or in a folder in it."""
     parts = name.split("/")
-    return len(parts) <= 2 and all(part not in ("", ".", "..") and Path(part).name == part for part in parts)
+    return len(parts) <= 2 and all(map(is_plain, parts))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -253,6 +254,11 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(key)
         state[name] = tensor.detach().cpu().contiguous()
     return state
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """What the card says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
 
 def checksum(path: Path) -> str:

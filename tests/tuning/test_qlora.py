@@ -19,7 +19,7 @@ from niwaki import artifact
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
-from niwaki.errors import ConfigError
+from niwaki.errors import ArtifactError, ConfigError
 from niwaki.measure.size import count, held_bytes
 from niwaki.model.load import Pretrained
 from niwaki.stage import refuse_conflicts
@@ -214,3 +214,15 @@ def test_parts_that_this_family_lacks(setting: Callable[..., Any]) -> None:
     context = setting().context()
     with pytest.raises(ConfigError, match=r"^tuning\.parts=\['feed_gate'\]"):
         QLoRA(parts=["feed_gate"]).check(context.anatomy, context.targets)
+
+
+def test_codes_of_another_layout_are_refused(setting: Callable[..., Any], tmp_path: Path) -> None:
+    import json
+
+    tuned(setting(), tmp_path / "model")
+    path = tmp_path / "model" / artifact.CARD
+    card = json.loads(path.read_text())
+    for change in ({"block": 32}, {"double_quantization": False}):
+        path.write_text(json.dumps(card | {"edits": [card["edits"][0] | change, card["edits"][1]]}))
+        with pytest.raises(ArtifactError, match="fit the structure"):
+            artifact.load(tmp_path / "model")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from niwaki.edits import Edit
 from niwaki.errors import ArtifactError
+from niwaki.naming import is_plain
 from niwaki.stage import Context, Stage
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class UseAdapter(Edit):
 
     def apply(self, model: nn.Module) -> None:
         """Nothing: an adapter goes on a base that has its weights."""
-        if Path(self.folder).name != self.folder:
+        if not is_plain(self.folder):
             raise ValueError(f"the adapter's folder {self.folder!r} is no plain name")
 
     def set_aside(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -168,11 +169,11 @@ def put_on(model: Any, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = read_config(folder)
     try:
-        config = read_config(folder)
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ArtifactError(f"adapter {folder}: needs {CONFIG} and {WEIGHTS} of PEFT ({error})") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"adapter {folder}: needs {WEIGHTS} of PEFT ({error})") from error
     theirs = config.base_model_name_or_path
     ours = hub_name(model)
     if ours and theirs and theirs != ours and not Path(theirs).is_absolute():
@@ -188,13 +189,25 @@ def put_on(model: Any, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> Any:
-    """PEFT's config of a folder, as data: nothing that it names is imported or fetched."""
+    """PEFT's config of a folder, as data: nothing that it names is imported or fetched.
+
+    Raises:
+        ArtifactError: there is none, or it is of no kind of adapter that stands on layers.
+    """
     from peft import get_peft_config
 
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Specified to not save vera_A")
-        return get_peft_config(settings | {"inference_mode": True})
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save vera_A")
+            harmless = {name: None for name in ("megatron_config",) if name in settings}  # names a module to import
+            config = get_peft_config(settings | {"inference_mode": True} | harmless)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ArtifactError(f"adapter {folder}: needs {CONFIG} of PEFT ({reason})") from error
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ArtifactError(f"adapter {folder}: {settings['peft_type']} does not stand on layers of the base")
+    return config
 
 
 def inject(model: nn.Module, config: Any, folder: Path) -> None:
@@ -228,9 +241,7 @@ def check_shapes(model: nn.Module, head: Mapping[str, Tensor], folder: Path) -> 
     own = model.state_dict()
     strange = [name for name in head if name not in own]
     if strange:
-        raise ArtifactError(
-            f"adapter {folder}: brings {strange[0]}, and this base has no such part; is the task another?"
-        )
+        raise ArtifactError(f"adapter {folder}: was made for another task: this base has no {strange[0]}")
     refuse_other_shapes(own, head, folder)
 
 
