@@ -226,3 +226,15 @@ def test_codes_of_another_layout_are_refused(setting: Callable[..., Any], tmp_pa
         path.write_text(json.dumps(card | {"edits": [card["edits"][0] | change, card["edits"][1]]}))
         with pytest.raises(ArtifactError, match="fit the structure"):
             artifact.load(tmp_path / "model")
+
+
+def test_packed_weights_count_among_those_that_do_not_learn(
+    setting: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from niwaki.console import Console
+
+    one = setting()
+    whole = sum(p.numel() for p in one.model.parameters())
+    QLoRA(rank=1, parts=["query"]).prepare(one.model, one.context())
+    Console().learning(one.model)
+    assert f"of {whole + 3 * 64:,}" in capsys.readouterr().out

@@ -1,9 +1,9 @@
 """NormalFloat: 4-bit weights on the quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314).
 
-Why a layer of our own: torchao's NF4Tensor and bitsandbytes' Linear4bit both train below a LoRA on CPU and GPU, but
-safetensors cannot read an NF4Tensor (it has no storage of its own, so tied weights cannot be told apart either), and
-a Linear4bit cannot load its own state dict nor stand on the meta device. Here the codes are plain buffers. The levels
-are theirs, and so are the codes.
+Why a layer of our own: torchao's NF4Tensor (0.18) and bitsandbytes' Linear4bit (0.50) both train below a LoRA on the
+CPU, but safetensors cannot write an NF4Tensor (it has no storage of its own, so tied weights cannot be told apart
+either), and a Linear4bit cannot load its own state dict back, nor move to the meta device. Here the codes are plain
+buffers, which checkpoints, safetensors and edits take as they are. The levels are theirs.
 """
 
 from __future__ import annotations
