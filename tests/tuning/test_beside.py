@@ -23,6 +23,7 @@ from niwaki.errors import ArtifactError, ConfigError
 from niwaki.stage import refuse_conflicts
 from niwaki.tuning import beside, delta
 from niwaki.tuning.lora import LoRA
+from niwaki.weights import fold
 
 pytestmark = pytest.mark.filterwarnings(  # of PEFT, where it wraps a model
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -220,6 +221,15 @@ def test_a_base_of_other_shapes_is_refused(setting: Callable[..., Any], adapter:
 def test_a_base_with_fewer_blocks_is_refused(setting: Callable[..., Any], adapter: Path) -> None:
     flatter = setting(overrides={"num_hidden_layers": 2})
     assert "no place for, bert.encoder.layer.2." in refused(flatter.model, adapter)
+
+
+def test_a_base_of_integers_is_refused(setting: Callable[..., Any], adapter: Path) -> None:
+    one, stage = setting(), Int8()
+    context = one.context()
+    stage.prepare(one.model, context)
+    context.records.update(fold(context.targets))
+    stage.finalize(one.model, context)
+    assert "cannot be put on this base (" in refused(one.model, adapter)
 
 
 def test_a_base_of_another_name_is_refused(setting: Callable[..., Any], adapter: Path) -> None:
