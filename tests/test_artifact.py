@@ -303,3 +303,77 @@ def test_the_columns_of_the_training_are_kept(setting: Callable[..., Any], tmp_p
     assert artifact.load(tmp_path / "model").columns == ("text", "label", "text_pair")
     change_card(tmp_path / "model", columns="text")
     refused(tmp_path / "model", "niwaki.json", "damaged")
+
+
+@pytest.fixture
+def with_adapter(setting: Callable[..., Any], tmp_path: Path) -> Path:
+    """An artifact with an adapter in a folder beside its weights."""
+    from niwaki.tuning.lora import LoRA
+
+    one, tuning = setting(), LoRA(rank=2, merge=False)
+    context, base_config = one.context(), one.model.config.to_dict()
+    tuning.prepare(one.model, context)
+    artifact.save(
+        tmp_path / "model", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=base_config, edits=tuning.finalize(one.model, context),
+    )  # fmt: skip
+    artifact.load(tmp_path / "model")
+    return tmp_path / "model"
+
+
+ADAPTER_FILES = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+
+
+def test_files_of_a_folder_are_listed_and_counted(with_adapter: Path) -> None:
+    card = json.loads((with_adapter / "niwaki.json").read_text())
+    assert set(ADAPTER_FILES) < set(card["files"])
+    weights = [with_adapter / "model.safetensors", with_adapter / "adapter" / "adapter_model.safetensors"]
+    assert artifact.weight_bytes(with_adapter) == sum(path.stat().st_size for path in weights)
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_damaged_file_of_a_folder(with_adapter: Path, name: str) -> None:
+    content = (with_adapter / name).read_bytes()
+    (with_adapter / name).write_bytes(content[:-8])
+    refused(with_adapter, name, "truncated")
+    (with_adapter / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    refused(with_adapter, name, "was altered")
+    (with_adapter / name).unlink()
+    refused(with_adapter, name, "is missing")
+
+
+@pytest.mark.parametrize("name", ["adapter/notes", "other/adapter_config.json", "adapter/deep/er", "empty/"])
+def test_a_file_of_a_folder_that_is_not_listed(with_adapter: Path, name: str) -> None:
+    (with_adapter / name).parent.mkdir(parents=True, exist_ok=True)
+    (with_adapter / name).mkdir() if name.endswith("/") else (with_adapter / name).write_text("x")
+    refused(with_adapter, name.rpartition("/")[0].partition("/deep")[0], "is not listed in niwaki.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter/../../outside", "../model/config.json", "/etc/hostname", "a/b/c", "adapter//x", "./config.json", ".."],
+)
+def test_a_name_that_leads_elsewhere_is_not_looked_at(with_adapter: Path, name: str) -> None:
+    card = json.loads((with_adapter / "niwaki.json").read_text())
+    (with_adapter.parent / "outside").write_text("x")
+    (with_adapter / "a" / "b").mkdir(parents=True)
+    (with_adapter / "a" / "b" / "c").write_text("x")
+    path = with_adapter / name
+    facts = artifact.stamp(path) if path.is_file() else {"bytes": 1, "sha256": ""}
+    change_card(with_adapter, files=card["files"] | {name: facts})
+    refused(with_adapter, f"the file {name} is missing")
+
+
+@pytest.mark.parametrize("folder", ["../other", "", "..", "a/b", "nowhere"])
+def test_an_adapter_in_a_folder_elsewhere_is_refused(with_adapter: Path, folder: str) -> None:
+    shutil.copytree(with_adapter / "adapter", with_adapter.parent / "other")
+    (edit,) = json.loads((with_adapter / "niwaki.json").read_text())["edits"]
+    change_card(with_adapter, edits=[edit | {"folder": folder}])
+    refused(with_adapter, "needs adapter_config.json" if folder == "nowhere" else "no model that can be built")
+
+
+def test_saving_again_leaves_no_adapter_behind(with_adapter: Path, setting: Callable[..., Any]) -> None:
+    one = setting()
+    save(one, with_adapter)
+    assert not (with_adapter / "adapter").exists()
+    assert torch.equal(one.logits(artifact.load(with_adapter).model), one.logits())

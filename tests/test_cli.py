@@ -63,6 +63,14 @@ def writer(tmp_path_factory):
     return train(tmp_path_factory.mktemp("lm"), rows, "task=causal_lm", "model=tiny-llama", "task.max_new_tokens=5")
 
 
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """Two finished runs on one base, each with an adapter beside it: with qlora, and with other settings of it."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    common = ("trainer.max_epochs=5", "tuning=qlora")
+    return [train(folder, ROWS, *common, f"tuning.rank={rank}") for folder, rank in zip(folders, (4, 2), strict=True)]
+
+
 @pytest.fixture
 def niwaki(monkeypatch, capsys):
     """`niwaki(*arguments, stdin=...)`: exit code, stdout, stderr of a command."""
@@ -106,7 +114,7 @@ def test_help_names_the_commands_without_heavy_imports():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "HEAVY []" in said.stdout
-    for name in ("evaluate", "predict", "list", "report", "verify"):
+    for name in ("evaluate", "predict", "list", "report", "verify", "add-adapter"):
         assert f"\n  {name} " in said.stdout
 
 
@@ -202,6 +210,56 @@ def test_predict_reads_arguments_files_and_stdin_alike(niwaki, run, tmp_path):
             a["label"] for a in expected
         ]
     assert lines(niwaki("predict", run, stdin="\n".join(texts))[1]) == expected
+
+
+def test_an_adapter_beside_its_base_is_scored_as_in_the_run(niwaki, beside):
+    first, second = beside
+    rows = first.parent / "rows.jsonl"
+    for run in beside:
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["parity"] == 0
+        found = json.loads(niwaki("evaluate", run, rows)[1])
+        assert found.pop("rows") == 48
+        assert found == pytest.approx(metrics["after"]["test"])
+    scores = {place: niwaki("evaluate", first, rows, "--adapter", place)[1] for place in (second, "none", "adapter")}
+    assert scores[second] == niwaki("evaluate", second, rows)[1]
+    assert scores["adapter"] == niwaki("evaluate", first, rows)[1]
+    assert len(set(scores.values())) == 3
+
+
+def test_predict_with_another_adapter_answers_as_its_own_run(niwaki, refused, beside, run):
+    first, second = beside
+    texts = [row["text"] for row in ROWS[:6]]
+    own = niwaki("predict", first, *texts)[1]
+    other = niwaki("predict", first, *texts, "--adapter", second)
+    assert other == niwaki("predict", second, *texts)
+    assert other[1] != own
+    saved = artifact.load(first / "model")
+    for answer in lines(own):
+        logits = saved.model(**saved.tokenizer(answer["text"], return_tensors="pt")).logits[0]
+        assert answer["label"] == saved.labels[int(logits.argmax())]
+    assert refused("predict", first, "a", "--adapter", "none-such").startswith("--adapter none-such: no such adapter")
+    assert refused("predict", run, "a", "--adapter", "none").startswith("--adapter none: the artifact")
+    assert refused("predict", first, "a", "--adapter", run).endswith("needs a run with tuning.merge=false")
+
+
+def test_an_adapter_is_added_under_a_name(niwaki, refused, beside, tmp_path):
+    first, second = beside
+    copy = tmp_path / "model"
+    shutil.copytree(first / "model", copy)
+    assert niwaki("add-adapter", copy, second, "other") == (0, f"{copy / 'other'}\n", "")
+    assert niwaki("predict", copy, "a pine", "--adapter", "other") == niwaki("predict", second, "a pine")
+    assert niwaki("predict", copy, "a pine") == niwaki("predict", first, "a pine")
+    assert refused("add-adapter", copy, second, "other").endswith("of that name already")
+
+
+def test_verify_counts_the_adapter(niwaki, beside):
+    metrics = json.loads((beside[0] / "metrics.json").read_text())["after"]
+    shown = dict(line.split(maxsplit=1) for line in niwaki("verify", beside[0])[1].splitlines())
+    assert shown["bytes"].startswith(f"{metrics['bytes']:,} (")
+    assert shown["parameters"].startswith(f"{metrics['parameters']:,}, ")
+    assert "UseNormalFloat" in shown["edits"]
+    assert "UseAdapter (folder adapter" in shown["edits"]
 
 
 def test_predict_finds_entities_at_their_offsets(niwaki, tagger):

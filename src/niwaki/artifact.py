@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from niwaki import __version__
 from niwaki.edits import Edit, from_json
 from niwaki.errors import ArtifactError, UserError
+from niwaki.naming import is_plain
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -60,7 +61,10 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file(unique_tensors(model), partial / WEIGHTS, metadata={"format": "pt"})
+        state = unique_tensors(model)
+        for edit in reversed(edits):
+            state = edit.set_aside(model, state, partial)
+        save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
         model.config.save_pretrained(partial)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(partial)
@@ -75,8 +79,9 @@ def save(
             "base_config": base_config,
             "edits": [edit.to_json() for edit in edits],
             "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
-                for path in sorted(partial.iterdir())
+                path.relative_to(partial).as_posix(): stamp(path)
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
             },
         }
         (partial / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -87,8 +92,9 @@ def save(
     partial.rename(folder)
 
 
-def load(folder: str | Path) -> Artifact:
+def load(folder: str | Path, *, base_alone: bool = False) -> Artifact:
     """Verify the artifact, rebuild its structure, load its weights. fp32 or integers, on the CPU, in eval mode.
+    `base_alone` leaves out what is saved beside the weights: adapters.
 
     Raises:
         ArtifactError: missing, truncated or altered files, or a card that does not fit the weights.
@@ -102,6 +108,8 @@ def load(folder: str | Path) -> Artifact:
     edits = tuple(from_json(record) for record in card["edits"])
     model = rebuild(card["base_config"], edits, task, folder)
     fill(model, load_file(folder / WEIGHTS), folder)
+    for edit in () if base_alone else edits:
+        edit.complete(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
@@ -138,7 +146,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     card = parse_card(folder)
     for name, facts in card["files"].items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if not is_inside(name) or not path.is_file():
             raise ArtifactError(f"artifact {folder}: the file {name} is missing")
         if path.stat().st_size != facts["bytes"]:
             raise ArtifactError(
@@ -146,10 +154,22 @@ def read_card(folder: Path) -> dict[str, Any]:
             )
         if checksum(path) != facts["sha256"]:
             raise ArtifactError(f"artifact {folder}: {name} was altered (its checksum is not the one in {CARD})")
-    foreign = sorted({path.name for path in folder.iterdir()} - {CARD, *card["files"]})
+    known = {CARD, *card["files"], *(name.partition("/")[0] for name in card["files"])}
+    foreign = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*")} - known)
     if foreign:
         raise ArtifactError(f"artifact {folder}: {foreign[0]} is not listed in {CARD}; move it elsewhere")
     return card
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file of that name lies in the artifact's folder, or in a folder in it."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(map(is_plain, parts))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all the weights that an artifact holds, adapters beside the base included."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def parse_card(folder: Path) -> dict[str, Any]:
@@ -203,19 +223,20 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
 
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
     """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
-    integers become fp32 weights again; layers that grew stay; a head for another task or other labels is left behind
-    for a fresh one.
+    integers become fp32 weights again, adapters are merged, layers that grew stay; a head for another task or other
+    labels is left behind for a fresh one.
 
     Raises:
         ArtifactError: it holds what the new model has no place for.
     """
     from niwaki.model.anatomy import Anatomy, adapt
     from niwaki.model.load import auto_class, with_labels
+    from niwaki.weights import to_dense
 
     saved = load(place)
-    for name, module in list(saved.model.named_modules()):
-        if hasattr(module, "dequantized"):
-            replace_by_linear(saved.model, name, module)
+    to_dense(saved.model)
+    for edit in saved.edits:
+        edit.merge(saved.model)
     fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
     adapt(fresh)
     for edit in carried(saved.folder):
@@ -247,16 +268,6 @@ def carried(folder: Path) -> list[Edit]:
     return [edit for edit in map(from_json, parse_card(folder)["edits"]) if edit.carried]
 
 
-def replace_by_linear(model: nn.Module, name: str, module: Any) -> None:
-    """A dense linear with the dequantized weight in place of an integer one."""
-    from niwaki.weights import replace_module
-
-    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    linear.weight = nn.Parameter(module.dequantized())
-    linear.bias = module.bias
-    replace_module(model, name, linear)
-
-
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of the model, tied tensors once, contiguous, on the CPU."""
     seen: set[tuple[int, torch.Size]] = set()
@@ -268,6 +279,11 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(key)
         state[name] = tensor.detach().cpu().contiguous()
     return state
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """What the card says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
 
 def checksum(path: Path) -> str:

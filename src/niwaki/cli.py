@@ -25,6 +25,14 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", metavar="NAME=THEIRS", help="The file's name for a column: text=sentence."),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|NAME|none",
+        help="Another adapter on the same base: of a run with tuning.merge=false, of PEFT, or one that was added; "
+        "none: the base alone.",
+    ),
+]
 
 
 def main() -> None:
@@ -43,9 +51,10 @@ def evaluate(
     column: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     report: Annotated[bool, typer.Option("--report", help="Print a table per class instead.")] = False,
+    adapter: Adapter = None,
 ) -> None:
     """Score an artifact on a file; JSON out."""
-    saved = load(place)
+    saved = load(place, adapter)
     from niwaki.inference import WholeFile, scores
 
     source = WholeFile(train=str(file), columns=pairs(column), eval_batch_size=batch_size)
@@ -62,6 +71,7 @@ def predict(
     file: Annotated[Path | None, typer.Option(help="A text a line (txt), or any format with a column text.")] = None,
     column: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, max=32, help="Texts that are read before they are answered.")] = 32,
+    adapter: Adapter = None,
 ) -> None:
     """Let an artifact answer texts; JSON lines out."""
     if text and file:
@@ -69,7 +79,7 @@ def predict(
     if column and not file:
         raise ConfigError(f"--column {column[0]}: names a column of --file; give one")
     columns = pairs(column)
-    saved = load(place)
+    saved = load(place, adapter)
     from niwaki.inference import answers
 
     for answer in answers(saved, rows_of(text, file, columns, saved), batch_size):
@@ -124,17 +134,36 @@ def verify(place: Place) -> None:
         print(f"{name:<11} {value}")
 
 
-def load(place: Path) -> Any:
-    """The artifact at `place`, verified."""
-    from niwaki.quiet import quiet_libraries
+@app.command("add-adapter")
+def add_adapter(
+    place: Place,
+    adapter: Annotated[str, typer.Argument(metavar="FOLDER", help="A run with tuning.merge=false, or PEFT's folder.")],
+    name: Annotated[str, typer.Argument(help="What --adapter will call it.")],
+) -> None:
+    """Copy another adapter into an artifact, under a name."""
+    quiet()
+    from niwaki.adapters import add
+    from niwaki.inference import find_artifact
+
+    print(add(find_artifact(place), adapter, name))
+
+
+def load(place: Path, adapter: str | None = None) -> Any:
+    """The artifact at `place`, verified; with another adapter than its own where one is chosen."""
+    quiet()
+    from niwaki import adapters, artifact
+    from niwaki.inference import find_artifact
+
+    folder = find_artifact(place)
+    return artifact.load(folder) if adapter is None else adapters.load_with(folder, adapter)
+
+
+def quiet() -> None:
+    """Keep what libraries say out of the output; before they are imported."""
+    from niwaki.quiet import quiet_libraries, quiet_progress
 
     quiet_libraries()
-    from niwaki import artifact
-    from niwaki.inference import find_artifact
-    from niwaki.quiet import quiet_progress
-
     quiet_progress()
-    return artifact.load(find_artifact(place))
 
 
 def rows_of(text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any) -> Iterator[dict[str, str]]:

@@ -35,9 +35,10 @@ class Console:
 
     def learning(self, model: nn.Module) -> None:
         """How many parameters learn."""
-        parameters = list(model.parameters())
-        total = sum(p.numel() for p in parameters)
-        learning = sum(p.numel() for p in parameters if p.requires_grad)
+        from niwaki.measure.size import values
+
+        total = sum(tensor.numel() for tensor in values(model))
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._console.print(f"{learning:,} parameters learn, {100 * learning / total:.2f}% of {total:,}")
 
     def result(self, metrics: Mapping[str, Any], folder: Path) -> None:

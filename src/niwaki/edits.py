@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,18 @@ class Edit(abc.ABC):
     @abc.abstractmethod
     def apply(self, model: nn.Module) -> None:
         """Make the change in place, on a model that may be on the meta device."""
+
+    def set_aside(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """At save: write what has files of its own into a folder below `folder`; return the rest of `state`."""
+        return state
+
+    def complete(self, model: nn.Module, folder: Path) -> None:
+        """At load, when the model has its weights: read what `set_aside` wrote."""
+        return None
+
+    def merge(self, model: nn.Module) -> None:
+        """Bring what this edit added to a dense model into its weights, where that can be."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """`{"edit": "<module>:<class>", ...fields}`."""

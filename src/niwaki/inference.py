@@ -173,7 +173,7 @@ def facts(saved: artifact.Artifact) -> dict[str, str]:
     from niwaki.measure.size import count
 
     counted = count(saved.model)
-    size = (saved.folder / artifact.WEIGHTS).stat().st_size
+    size = artifact.weight_bytes(saved.folder)
     return {
         "artifact": f"{saved.folder}: every file has its checksum, the weights fit",
         "task": brief(saved.task.name, asdict(saved.task)),

@@ -60,6 +60,7 @@ class Context:
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
     epoch: int = 0  # optimizer steps of one epoch
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
+    kept: dict[str, Tensor] = field(default_factory=dict)  # parameters as they were before the fit, where one asked
 
 
 @dataclass

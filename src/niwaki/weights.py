@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from niwaki.stage import Phase
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A linear whose weight is stored as codes of a few bits each."""
+
+    bits: int  # of one code
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def dequantized(self) -> Tensor:
+        """The weight that the codes stand for, fp32 (out, in)."""
 
 
 class Link(nn.Module, abc.ABC):
@@ -80,3 +93,13 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where `name` stands."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+
+
+def to_dense(model: nn.Module) -> None:
+    """Put a dense linear with the same weight where a packed one stands."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Packed):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight = nn.Parameter(module.dequantized())
+            linear.bias = module.bias  # type: ignore[assignment]
+            replace_module(model, name, linear)

@@ -11,7 +11,7 @@ from torch import nn
 
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.quantize.qat import QAT
-from niwaki.measure.size import count, macs, peak_memory_mb, target_table
+from niwaki.measure.size import count, held_bytes, macs, peak_memory_mb, target_table
 from niwaki.weights import fold
 
 
@@ -86,3 +86,25 @@ def test_peak_memory_only_rises() -> None:
     held = torch.ones(40_000_000)
     assert peak_memory_mb() >= first
     assert held.sum() > 0
+
+
+def test_a_linear_below_an_adapter_is_the_target(setting: Callable[..., Any]) -> None:
+    from niwaki.tuning.qlora import QLoRA
+
+    one = setting()
+    context = one.context()
+    QLoRA(rank=2).prepare(one.model, context)
+    table = target_table(one.model, list(context.targets))
+    assert {row["bits"] for row in table.values()} == {4}
+    assert sum(row["parameters"] for row in table.values()) == 3 * (4 * 32 * 32 + 2 * 32 * 64)
+    for name, layer in context.targets.items():
+        weight = layer.dequantized()  # type: ignore[operator]
+        assert table[name]["sparsity"] == 1 - int(weight.count_nonzero()) / weight.numel()
+
+
+def test_bytes_held_in_memory_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3))
+    model.append(nn.Linear(3, 2, bias=False))
+    model[3].weight = model[0].weight  # tied: once
+    # 8 + 6 + 6 fp32 parameters, 6 fp32 statistics, one 8-byte counter
+    assert held_bytes(model) == (8 + 6 + 6 + 6) * 4 + 8

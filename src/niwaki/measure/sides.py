@@ -49,7 +49,7 @@ def compare(
     reloaded = saved.model.to(device)
     scores = evaluate(reloaded, corpus.evaluation("test"), recipe.task, corpus.labels)
     validation = evaluate(reloaded, corpus.evaluation("validation"), recipe.task, corpus.labels)
-    after = {"test": scores.compute(), **count(saved.model), "bytes": (saved.folder / artifact.WEIGHTS).stat().st_size}
+    after = {"test": scores.compute(), **count(saved.model), "bytes": artifact.weight_bytes(saved.folder)}
     models = {"after": reloaded}
     if side_before is not None:
         models["before"] = recipe.model.load(recipe.task, corpus.labels, recipe.seed).to(device)

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.weights import Packed
 
 
-def values(model: nn.Module) -> list[Tensor]:
-    """Every weight and bias once: tied tensors count once, integers as themselves, their scales not at all."""
+def unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each tensor, tied ones once."""
     seen: set[int] = set()
-    found = []
-    tensors = [p.detach() for p in model.parameters()]
-    codes = [module.integers() for module in model.modules() if isinstance(module, IntegerLinear)]
     for tensor in tensors:
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
-            found.append(tensor)
-    return found + codes
+            yield tensor
+
+
+def values(model: nn.Module) -> Iterator[Tensor]:
+    """Every weight and bias once: tied tensors count once, codes as the weights that they are, scales not at all."""
+    yield from unique(p.detach() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Packed):
+            yield module.dequantized()
 
 
 def count(model: nn.Module) -> dict[str, int]:
     """`parameters` and `nonzero`, over unique storage. Sparsity is 1 - nonzero / parameters."""
-    tensors = values(model)
-    return {
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "nonzero": sum(int(torch.count_nonzero(tensor)) for tensor in tensors),
-    }
+    parameters = nonzero = 0
+    for tensor in values(model):
+        parameters += tensor.numel()
+        nonzero += int(torch.count_nonzero(tensor))
+    return {"parameters": parameters, "nonzero": nonzero}
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes that the parameters and buffers of a model take up in memory, tied ones once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique([*model.parameters(), *model.buffers()]))
 
 
 def target_table(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -39,12 +48,13 @@ def target_table(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
     table: dict[str, dict[str, float]] = {}
     for name in names:
         module: Any = model.get_submodule(name)
-        integer = isinstance(module, IntegerLinear)
-        weight: Any = module.integers() if integer else module.weight.detach()
+        module = getattr(module, "base_layer", module)  # below an adapter
+        packed = isinstance(module, Packed)
+        weight: Any = module.dequantized() if packed else module.weight.detach()
         table[name] = {
             "parameters": weight.numel(),
             "sparsity": 1 - int(torch.count_nonzero(weight)) / weight.numel(),
-            "bits": module.bits if integer else weight.element_size() * 8,
+            "bits": module.bits if packed else weight.element_size() * 8,
         }
     return table
 

@@ -13,6 +13,7 @@ from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import PARTS, Anatomy
 from niwaki.stage import Context, Effects, Stage, Tuning
+from niwaki.tuning import beside
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -26,10 +27,12 @@ class PeftTuning(Tuning):
     """Adapters of PEFT on the linears of the blocks that `parts` names; the base weights are frozen, a new head learns.
 
     Under weight compression the merge is the first link of the chain, so the merged weight is what is masked and
-    rounded; alone, PEFT's own forward is used.
+    rounded; alone, PEFT's own forward is used. `merge=false` saves the base as it was and, beside it, the adapter and
+    the head that learned.
     """
 
     parts: Sequence[str] = PARTS
+    merge: bool = True
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts if part not in PARTS]
@@ -59,7 +62,7 @@ class PeftTuning(Tuning):
                 f"tuning={self.name} with tuning.dropout={self._dropout} and {weight.name}: the delta is part of the "
                 "weight there, and a dropout of its input has no effect; set tuning.dropout=0"
             )
-        return None
+        return None if self.merge else beside.conflict(self.name, others)
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         names = anatomy.part_names(self.parts)
@@ -81,6 +84,8 @@ class PeftTuning(Tuning):
         tuner = delta.inject(model, self.config(context.anatomy.part_names(self.parts), context))
         for parameter in head:
             parameter.requires_grad_(True)
+        if not self.merge:
+            beside.remember(model, context)
         return tuner
 
     def link(self, model: nn.Module, context: Context) -> None:
@@ -91,6 +96,8 @@ class PeftTuning(Tuning):
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
         from niwaki.tuning.delta import unload
 
+        if not self.merge:
+            return beside.leave(model, context)
         unload(model)
         return []
 
