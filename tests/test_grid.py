@@ -53,7 +53,7 @@ REFUSED = [s for s in SUBSETS if sum(name.startswith("quantize/") for name in s)
 WORKING = [s for s in SUBSETS if s not in REFUSED]
 WHOLE = os.environ.get("NIWAKI_GRID") == "whole"  # `make grid`; otherwise only these tunings meet every subset
 EVERYWHERE = ("full", "head", "bitfit", "lora")
-FEW: list[tuple[str, ...]] = [(), ("prune/magnitude", "quantize/qat")]
+FEW: list[tuple[str, ...]] = [("prune/magnitude", "quantize/qat"), ("distill/logits",)]
 
 CHECK_IN_A_FRESH_PROCESS = """
 import json, sys, torch

@@ -20,7 +20,7 @@ def empty(task: Any, family: str, positions: int = 512) -> Anatomy:
 
 def test_a_language_model_does_not_look_ahead() -> None:
     CausalLM().check(empty(CausalLM(), "llama"))
-    with pytest.raises(ConfigError, match=r"^task=causal_lm: .* a bert sees the whole text; try model=tiny-llama"):
+    with pytest.raises(ConfigError, match=r"^task=causal_lm: .* bert sees the whole text; try model=tiny-llama"):
         CausalLM().check(empty(CausalLM(), "bert"))
 
 

@@ -44,10 +44,10 @@ def scaled(one: Any, tuning: IA3) -> dict[str, torch.Tensor]:
 def test_the_formula(setting: Callable[..., Any], family: str, chained: bool) -> None:
     one, dense, base = (with_biases(setting(family)) for _ in range(3))
     tuning, context = IA3(), one.context()
+    blocks = [place for place, _, _ in context.anatomy.named_blocks()]
     tuning.prepare(one.model, context)
     vectors = scaled(one, tuning)
-    prefix = f"{context.anatomy.prefix}{context.anatomy.family.blocks}"
-    assert set(vectors) == {f"{prefix}.{i}.{name}" for i in range(3) for name in NAMES[family]}
+    assert set(vectors) == {f"{place}.{name}" for place in blocks for name in NAMES[family]}
     for name, vector in vectors.items():
         linear: Any = dense.model.get_submodule(name)
         if name.endswith(NAMES[family][2]):

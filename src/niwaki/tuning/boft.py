@@ -42,9 +42,7 @@ class BOFT(PeftTuning):
         if self.factors > 1 and self.block % 2:
             raise ConfigError(f"tuning.block={self.block}: needs an even number with tuning.factors={self.factors}")
         if not self.merge:
-            raise ConfigError(
-                "tuning.merge=false: needs true, since boft always runs with the merged weight"
-            )
+            raise ConfigError("tuning.merge=false: needs true, since boft always runs with the merged weight")
 
     def check_linear(self, name: str, linear: nn.Linear) -> None:
         reach = self.block * 2 ** (self.factors - 1)

@@ -41,7 +41,8 @@ class Thaw(pl.Callback):
 @dataclass(frozen=True, kw_only=True)
 class Gradual(Tuning):
     """At first only what stands above the blocks learns; after every epoch, or every `every` of the fit (a share), the
-    next block from the top joins it, and after the lowest block the embeddings.
+    next block from the top joins it, and after the lowest block the embeddings. Where nothing that is not tied to the
+    embeddings stands above the blocks (BART's decoder), the top block learns first.
 
     What would thaw after the end of the fit stays frozen.
     """
@@ -59,6 +60,7 @@ class Gradual(Tuning):
             raise ConfigError("tuning=gradual: needs a fit; without one (trainer.max_epochs=0) use tuning=full")
         depth = depths(context.anatomy)
         interval = context.epoch if self.every is None else self.every * context.steps
-        due = {p: round(depth[name] * interval) for name, p in model.named_parameters()}
+        first = min(depth.values())  # of the top block where nothing stands above: a tied output layer is an embedding
+        due = {p: round((depth[name] - first) * interval) for name, p in model.named_parameters()}
         train_only(model, [p for p, step in due.items() if step < context.steps])
         return Effects(callbacks=[Thaw({p: step for p, step in due.items() if step < context.steps})])
