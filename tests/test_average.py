@@ -195,6 +195,21 @@ def averaged(steps: list[dict[str, torch.Tensor]], decay: float) -> dict[str, to
     return mean
 
 
+def test_an_average_of_one_is_none() -> None:
+    watch = Watch(Path("checkpoints"), "validation/accuracy", "max", 0, logged=False, steps=24, epoch=8)
+    with pytest.raises(ConfigError, match=r"^callbacks\.swa\.every=None: makes an average of 1 of the fit's 24 steps"):
+        SWA().build(watch)
+    assert SWA(every=3).build(watch)
+    with pytest.raises(ConfigError, match=r"^callbacks\.ema\.every=1000: "):
+        EMA(every=1000).build(watch)
+
+
+def test_ranks_that_were_dropped_stay_dropped() -> None:
+    for changes in (["callbacks=[checkpoint,ema]"], ["optimizer=schedule_free", "schedule=constant"]):
+        with pytest.raises(ConfigError, match=r"^(callbacks=ema|optimizer=schedule_free) and tuning=adalora: "):
+            compose.build(compose.compose(["tuning=adalora", *changes]).config)
+
+
 def test_under_a_mask_that_grows_the_artifact_holds_the_average_of_the_base_under_the_last_mask(
     rows: Path, tmp_path: Path
 ) -> None:
@@ -246,7 +261,11 @@ def test_the_best_checkpoint_is_an_average(rows: Path, tmp_path: Path) -> None:
 
 
 def test_best_does_not_count_before_the_average_has_begun(rows: Path, tmp_path: Path) -> None:
-    run(rows, tmp_path / "run", ["callbacks=[checkpoint,swa]", "schedule=swa", "callbacks.swa.begin=0.6"])
+    run(
+        rows,
+        tmp_path / "run",
+        ["callbacks=[checkpoint,swa]", "schedule=swa", "callbacks.swa.begin=0.6", "callbacks.swa.every=3"],
+    )
     best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 14  # not that of the epoch before
 

@@ -193,6 +193,22 @@ class Averaging(CallbackSettings, abc.ABC):
     def settled(self, steps: int) -> int:
         return round(self.begin * steps)
 
+    def span(self, watch: Watch) -> tuple[int, int]:
+        """The first step whose weights enter the average, and how many steps lie between two of them.
+
+        Raises:
+            ConfigError: fewer than two weights would be in it.
+        """
+        first, every = self.settled(watch.steps), self.every or watch.epoch
+        count = len(range(first, watch.steps + 1, every)) if every else 0
+        if watch.steps and count < 2:
+            option = type(self).__name__.lower()
+            raise ConfigError(
+                f"callbacks.{option}.every={self.every}: makes an average of {count} of the fit's {watch.steps} steps; "
+                f"needs two at least: fewer steps between them, or a lower callbacks.{option}.begin"
+            )
+        return first, every
+
 
 @dataclass(frozen=True, kw_only=True)
 class EMA(Averaging):
@@ -215,7 +231,7 @@ class EMA(Averaging):
 
     def build(self, watch: Watch) -> list[pl.Callback]:
         share = exponential(self.decay, warm_up=self.warm_up)
-        return [RunningAverage(share, self.settled(watch.steps), self.every or watch.epoch)]
+        return [RunningAverage(share, *self.span(watch))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +246,7 @@ class SWA(Averaging):
     every: int | None = None
 
     def build(self, watch: Watch) -> list[pl.Callback]:
-        return [RunningAverage(equal, self.settled(watch.steps), self.every or watch.epoch)]
+        return [RunningAverage(equal, *self.span(watch))]
 
 
 class StoppedError(UserError):

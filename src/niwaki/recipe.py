@@ -85,6 +85,12 @@ class Recipe:
             raise ConfigError(
                 f"{averaging[0]} and {averaging[1]}: each keeps its own average of the weights; choose one"
             )
+        averaged = [*averaging, *(["optimizer=schedule_free"] if self.optimizer.average() else [])]
+        if averaged and not self.tuning.may_be_averaged:
+            raise ConfigError(
+                f"{averaged[0]} and tuning={self.tuning.name}: what the tuning dropped would come back in the average; "
+                "leave one out"
+            )
         if averaging and not self.trainer.max_epochs:
             raise ConfigError(
                 f"{averaging[0]} and trainer.max_epochs=0: there is no fit to average over; leave one out"

@@ -113,6 +113,7 @@ class Tuning(Stage):
     """A stage that decides which parameters learn."""
 
     phase: ClassVar[Phase] = Phase.TUNE
+    may_be_averaged: ClassVar[bool] = True  # whether an average of what learns along the fit is a model of this kind
 
     def grow(self, model: nn.Module, anatomy: Anatomy) -> list[Edit]:
         """Add the layers that stay in the saved model, and return the edits that rebuild them. Called before the

@@ -21,6 +21,7 @@ class Packed(Protocol):
     """A linear whose weight is stored as codes of a few bits each."""
 
     bits: int  # of one code
+    dense: type[nn.Linear]  # of the linear that it stands for, which may have a layout of its own in files
     in_features: int
     out_features: int
     bias: nn.Parameter | None
@@ -99,7 +100,7 @@ def to_dense(model: nn.Module) -> None:
     """Put a dense linear with the same weight where a packed one stands."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Packed):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False)
+            linear = module.dense(module.in_features, module.out_features, bias=False)
             linear.weight = nn.Parameter(module.dequantized())
             linear.bias = module.bias  # type: ignore[assignment]
             replace_module(model, name, linear)

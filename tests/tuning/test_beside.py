@@ -141,7 +141,6 @@ def test_any_injected_adapter(
 
 SMALL = [
     LoRA(rank=2, merge=False),
-    LoRA(rank=2, init="pissa", merge=False),
     DoRA(rank=2, merge=False),
     AdaLoRA(rank=4, target_rank=2, merge=False),
     VeRA(rank=2, merge=False),
@@ -174,6 +173,30 @@ def test_every_tuning_of_peft_stays_beside_its_base(
     base = getattr(transformers, one.task.auto_class).from_pretrained(tmp_path / "model")
     read = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
     assert float((one.logits(read) - before).abs().max()) <= 1e-6
+
+
+def test_ranks_that_adalora_dropped_stay_dropped(
+    setting: Callable[..., Any], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    one = setting()
+    context, base_config = one.context(steps=6), one.model.config.to_dict()
+    tuning = AdaLoRA(rank=4, target_rank=2, interval=1, merge=False)
+    effects = tuning.prepare(one.model, context)
+    train(one.learner(effects=[effects], steps=6), [one.batch()] * 6, callbacks=effects.callbacks)
+    before = one.logits()
+    save(one, tmp_path / "model", tuning.finalize(one.model, context), base_config)
+    assert context.facts["ranks"]["sum"] == context.facts["ranks"]["budget"]
+    back = artifact.load(tmp_path / "model").model
+    assert torch.equal(one.logits(back), before)
+    assert sum(int(layer.lora_E["default"].count_nonzero()) for _, layer in delta.adapters(back)) == 2 * 18  # type: ignore[index, union-attr, operator, misc]
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    read = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+    assert float((one.logits(read) - before).abs().max()) <= 1e-6
+
+
+def test_a_start_out_of_the_base_is_merged() -> None:
+    with pytest.raises(ConfigError, match=r"^tuning\.init=pissa: takes its start out of the base"):
+        LoRA(init="pissa", merge=False)
 
 
 def test_what_learned_beside_the_adapters_is_remembered_once(setting: Callable[..., Any]) -> None:

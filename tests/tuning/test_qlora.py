@@ -161,7 +161,7 @@ def test_peft_puts_the_adapter_on_the_base_of_codes(setting: Callable[..., Any],
     assert float((one.logits(read) - one.trained).abs().max()) <= 1e-6
 
 
-@pytest.mark.parametrize(("family", "task"), KINDS)
+@pytest.mark.parametrize(("family", "task"), [*KINDS, ("gpt2", "classification")])
 def test_merged_it_is_a_dense_model(setting: Callable[..., Any], tmp_path: Path, family: str, task: str) -> None:
     one = tuned(setting(family, task), tmp_path / "model", merge=True)
     assert torch.allclose(one.logits(), one.trained, atol=1e-5)

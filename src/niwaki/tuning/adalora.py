@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.stage import Context, Effects
+from niwaki.tuning import beside
 from niwaki.tuning.peft_tuning import ADAPTER, PeftTuning, check_positive
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's allocator: importanc
 @dataclass(frozen=True, kw_only=True)
 class Ranks(Edit):
     """How much rank each linear was left with: a record alone, since the merged weights hold it."""
+
+    carried: ClassVar[bool] = False  # the ranks of adapters that are merged
 
     ranks: dict[str, int]
 
@@ -44,6 +47,7 @@ class AdaLoRA(PeftTuning):
     """
 
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv:2303.10512"
+    may_be_averaged: ClassVar[bool] = False  # ranks that were dropped would come back
 
     rank: int = 12
     target_rank: int = 8
@@ -108,6 +112,8 @@ class AdaLoRA(PeftTuning):
             "before": {str(self.rank): len(left)},
             "after": {str(rank): count for rank, count in sorted(Counter(left.values()).items())},
         }
+        if not self.merge:
+            beside.config_of(model).rank_pattern = None  # dropped ranks are zeros in the file
         return [*super().finalize(model, context), Ranks(ranks=left)]
 
 

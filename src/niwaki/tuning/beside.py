@@ -1,6 +1,7 @@
 """Adapters that stay beside their base: a folder in PEFT's own format, and base weights as they were.
 
-For any tuning whose adapters PEFT injects: `remember` in `prepare`, `leave` in `finalize`, `conflict` in `conflict`.
+For the tunings whose adapters PEFT injects (BOFT alone is always merged): `remember` in `prepare`, `leave` in
+`finalize`, `conflict` in `conflict`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,11 @@ class LoRA(PeftTuning):
         check_positive(rank=self.rank, alpha=self.alpha, lr_ratio=self.lr_ratio)
         if self.init not in ("default", "pissa", "olora"):
             raise ConfigError(f"tuning.init={self.init!r}: needs default, pissa or olora")
+        if self.init != "default" and not self.merge:
+            raise ConfigError(
+                f"tuning.init={self.init}: takes its start out of the base, which would not be as it was; needs "
+                "tuning.merge=true"
+            )
 
     def check_linear(self, name: str, linear: nn.Linear) -> None:
         full = min(linear.in_features, linear.out_features)

@@ -82,6 +82,7 @@ class NormalFloatLinear(nn.Linear):
     weight: Tensor
     scale: Tensor
     bits = 4
+    dense: type[nn.Linear] = nn.Linear
 
     def __init__(
         self, in_features: int, out_features: int, *, block: int, double_quantization: bool, bias: nn.Parameter | None
@@ -152,6 +153,7 @@ class UseNormalFloat(Edit):
                 linear.in_features, linear.out_features, block=self.block,
                 double_quantization=self.double_quantization, bias=linear.bias,
             )  # fmt: skip
+            packed.dense = type(linear)
             replace_module(model, name, packed)
 
 

@@ -132,6 +132,7 @@ class UseIntegers(Edit):
                 linear.in_features, linear.out_features, bits=self.bits, group=self.group,
                 activation_bits=self.activation_bits, bias=linear.bias,
             )  # fmt: skip
+            integer.dense = type(linear)
             replace_module(model, name, integer)
 
 
@@ -145,6 +146,7 @@ class IntegerLinear(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    dense: type[nn.Linear] = nn.Linear
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
     def __init__(
