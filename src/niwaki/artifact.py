@@ -239,8 +239,9 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
         edit.merge(saved.model)
     fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
     adapt(fresh)
-    for edit in carried(saved.folder):
-        edit.apply(fresh)
+    for edit in saved.edits:
+        if edit.carried:
+            edit.apply(fresh)
     same = type(saved.task) is type(task) and saved.labels == tuple(labels)
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)
     stored = {f"{prefix}{name}": tensor for name, tensor in tensors(source).items()}

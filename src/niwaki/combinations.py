@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
 from typing import Any
 
 from niwaki.quiet import quiet_libraries
@@ -129,22 +128,6 @@ def page() -> str:
         lambda one, other: Combination(compression=tuple(dict.fromkeys((one, other)))),
     )  # fmt: skip
     return written.text()
-
-
-def everything(compressions: Sequence[tuple[str, ...]]) -> list[Combination]:
-    """Every task x family x tuning x one of these sets of compressions."""
-    return [
-        Combination(task=task, family=family, tuning=tuning, compression=methods)
-        for task in names("task")
-        for family in FAMILIES
-        for tuning in names("tuning")
-        for methods in compressions
-    ]
-
-
-def subsets(methods: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every set of these methods, the empty one first."""
-    return [chosen for count in range(len(methods) + 1) for chosen in combinations(methods, count)]
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ class Context:
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
     kept: dict[str, Tensor] = field(default_factory=dict)  # parameters as they were before the fit, where one asked
 
+    @property
+    def new_head(self) -> list[nn.Parameter]:
+        """The parameters of the head where it is new, so that every tuning trains it; else none."""
+        return list(self.anatomy.head_parameters().values()) if self.head_learns else []
+
 
 @dataclass
 class Effects:

@@ -31,6 +31,6 @@ class BitFit(Tuning):
             raise ConfigError(f"tuning=bitfit: this {kind} model has no biases to train; use tuning=lora or full")
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        head = context.anatomy.head_parameters().values() if context.head_learns else ()
+        head = context.new_head
         train_only(model, [*biases(context.anatomy), *head])
         return Effects()

@@ -104,7 +104,7 @@ class BottleneckTuning(Tuning):
         draw(model, adapter, seed=context.seed, down_std=self.down_std, up_std=self.init_std)
         own = [p for bottleneck in bottlenecks(model, adapter).values() for p in bottleneck.parameters()]
         norms = block_norms(context.anatomy) if self.norms else ()
-        head = context.anatomy.head_parameters().values() if context.head_learns else ()
+        head = context.new_head
         train_only(model, [*own, *norms, *head])
         adapter_folder.remember(model, adapter)
         return Effects()

@@ -31,6 +31,6 @@ class LayerNorm(Tuning):
             )
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        head = context.anatomy.head_parameters().values() if context.head_learns else ()
+        head = context.new_head
         train_only(model, [*norm_parameters(context.anatomy.backbone).values(), *head])
         return Effects()

@@ -82,12 +82,12 @@ class PTuning(Tuning):
         return add_prompt(model, anatomy, self.tokens)
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        head = context.anatomy.head_parameters() if context.head_learns else {}
+        head = context.new_head
         prompt, width = prompt_of(model), context.anatomy.embeddings.embedding_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             prompt.encode_by(ENCODERS[self.encoder](self.tokens, width, self.hidden or width, self.layers))
-        train_only(model, [*prompt.parameters(), *head.values()])
+        train_only(model, [*prompt.parameters(), *head])
         return Effects()
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:

@@ -80,7 +80,7 @@ class PeftTuning(Tuning):
         """Put the adapters in; they learn, and the head where it is new. Returns PEFT's tuner."""
         from niwaki.tuning import delta
 
-        head = list(context.anatomy.head_parameters().values()) if context.head_learns else []
+        head = context.new_head
         tuner = delta.inject(model, self.config(context.anatomy.part_names(self.parts), context))
         for parameter in head:
             parameter.requires_grad_(True)

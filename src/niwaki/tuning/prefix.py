@@ -74,11 +74,11 @@ class PrefixTuning(Tuning):
         return [edit]
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        head = context.anatomy.head_parameters() if context.head_learns else {}
+        head = context.new_head
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             learning = self._written(model, context.anatomy) if self.reparametrize else drawn(model)
-        train_only(model, [*learning, *head.values()])
+        train_only(model, [*learning, *head])
         return Effects()
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:

@@ -47,10 +47,10 @@ class PromptTuning(Tuning):
         return add_prompt(model, anatomy, self.tokens)
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        head = context.anatomy.head_parameters() if context.head_learns else {}
+        head = context.new_head
         prompt = prompt_of(model)
         prompt.settle(self._start(context))
-        train_only(model, [*prompt.parameters(), *head.values()])
+        train_only(model, [*prompt.parameters(), *head])
         return Effects()
 
     def _start(self, context: Context) -> Tensor:
