@@ -84,6 +84,8 @@ class Setting:
             anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0,
             head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
             token_ids=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            calibration=lambda count: [self.batch()], inputs=self.task.inputs,
+            loss=lambda model, batch: self.task.loss(model(**self.task.inputs(batch)), batch),
         )  # fmt: skip
 
     def logits(self, model: Any = None) -> torch.Tensor:

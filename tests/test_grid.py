@@ -32,7 +32,8 @@ def options(group: str) -> tuple[str, ...]:
 
 TASKS = options("task")
 TUNINGS = options("tuning")
-COMPRESSIONS = (*options("compression"), "cut")  # cut: a student of some of the model's own layers
+# One of each kind, in every subset; tests/test_compressions.py has the others. cut: a student of the model's own layers
+COMPRESSIONS = ("distill/logits", "prune/magnitude", "quantize/int8", "quantize/qat", "cut")
 MODELS = {"causal_lm": "tiny-llama"}  # else tiny-bert
 SETTINGS = {  # of the options that show more than their defaults do
     "prune/magnitude": ["magnitude.schedule=cubic", "magnitude.end=0.8", "magnitude.interval=1"],

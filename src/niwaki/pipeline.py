@@ -104,6 +104,9 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         predictions=recipe.task.predictions,
         load_teacher=lambda place, field: load_teacher(place, recipe.task, corpus.labels, vocabulary, field),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
+        calibration=corpus.calibration,
+        inputs=recipe.task.inputs,
+        loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),
     )
 
 

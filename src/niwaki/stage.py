@@ -57,6 +57,9 @@ class Context:
     predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
     load_teacher: Callable[[str, str], nn.Module]  # (hub name, folder or artifact; field) -> model of the same task
     token_ids: Callable[[str], list[int]]  # of a text, without special tokens
+    calibration: Callable[[int], Sequence[Mapping[str, Tensor]]]  # so many rows of the training split, as batches
+    inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what of a batch the model's forward takes
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # the task's own, of a model on a batch: a scalar
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
     epoch: int = 0  # optimizer steps of one epoch
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize

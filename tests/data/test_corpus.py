@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from niwaki.data.corpus import Corpus, encoding_hash, tokenizer_hash
 from niwaki.data.files import Files
@@ -83,6 +84,24 @@ def test_special_tokens_tell_tokenizers_apart() -> None:
 
 def contents(folder: Path) -> Mapping[str, int]:
     return {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def test_calibration_rows_are_drawn_from_training_with_the_seed(tmp_path: Path, cache: Path) -> None:
+    corpus = read(tmp_path)
+    corpus = replace(corpus, source=replace(corpus.source, batch_size=8))
+    before = contents(cache)
+    found = [batch["input_ids"] for batch in corpus.calibration(9)]
+    assert [len(batch) for batch in found] == [8, 1]
+    assert contents(cache) == before
+    training = {tuple(row) for row in corpus.features["train"]["input_ids"]}
+    rows = [tuple(i for i in row if i) for batch in found for row in batch.tolist()]
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= training
+    again = [batch["input_ids"] for batch in corpus.calibration(9)]
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    other = [batch["input_ids"] for batch in replace(corpus, seed=corpus.seed + 1).calibration(2)]
+    assert rows[:2] != [tuple(i for i in row if i) for row in other[0].tolist()]
+    assert sum(len(batch["labels"]) for batch in corpus.calibration(10**6)) == len(corpus.features["train"])
 
 
 def test_samples_follow_the_seed_and_leave_no_files(tmp_path: Path, cache: Path) -> None:

@@ -65,6 +65,12 @@ class Corpus:
         rows = self.features[split].select(order[: size * count], keep_in_memory=True)
         return [self._collate(list(part)) for part in chunks(list(rows), size) if len(part) == min(size, len(rows))]
 
+    def calibration(self, count: int) -> list[dict[str, Any]]:
+        """Batches of `count` rows of the training split in all (it may have fewer), drawn with the seed."""
+        order = np.random.default_rng(self.seed).permutation(len(self.features["train"]))
+        rows = list(self.features["train"].select(order[:count], keep_in_memory=True))
+        return [self._collate(part) for part in chunks(rows, self.source.batch_size)]
+
     def _batches(self, split: str, size: int, seed: int | None, rank: int, world: int) -> Batches:
         return Batches(
             self.features[split],
