@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from niwaki import adapters, artifact
-from niwaki.errors import ArtifactError
+from niwaki.compression.prune.magnitude import Magnitude
+from niwaki.compression.quantize.qat import QAT
+from niwaki.errors import ArtifactError, ConfigError
+from niwaki.model.anatomy import Anatomy, adapt
+from niwaki.stage import refuse_conflicts
+from niwaki.tuning.adapter import Houlsby
+from niwaki.tuning.adapter_parallel import Parallel
+from niwaki.tuning.adapter_pfeiffer import Pfeiffer
 from niwaki.tuning.full import Full
 from niwaki.tuning.lora import LoRA
 from niwaki.tuning.qlora import QLoRA
@@ -31,12 +39,14 @@ def saved(one: Any, folder: Path, tuning: Any, seed: int = 1, head: int = 0) -> 
     torch.manual_seed(head)
     if one.labels:
         torch.nn.init.normal_(one.model.classifier.weight)
-    context, base_config = one.context(), one.model.config.to_dict()
+    base_config = one.model.config.to_dict()
+    grown = tuning.grow(one.model, Anatomy.of(one.model))
+    context = one.context()
     tuning.prepare(one.model, context)
     draw(one.model, seed)
     artifact.save(
         folder, model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
-        base_config=base_config, edits=tuning.finalize(one.model, context),
+        base_config=base_config, edits=[*grown, *tuning.finalize(one.model, context)],
     )  # fmt: skip
     return one
 
@@ -61,6 +71,76 @@ def test_another_adapter_on_the_same_base(setting: Callable[..., Any], tmp_path:
     assert not torch.equal(first.logits(), second.logits())
     assert not found.model.training
     assert torch.equal(first.logits(artifact.load(tmp_path / "first").model), first.logits())
+
+
+BOTTLENECKS = [Houlsby(size=4, merge=False), Pfeiffer(size=4, merge=False), Parallel(size=4, merge=False)]
+
+
+@pytest.mark.parametrize("tuning", BOTTLENECKS, ids=lambda tuning: tuning.name)
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_bottlenecks_beside_a_base_that_is_as_it_was(
+    setting: Callable[..., Any], tmp_path: Path, family: str, tuning: Any
+) -> None:
+    task = "causal_lm" if family == "llama" else "classification"
+    fresh = setting(family, task)
+    stored = artifact.unique_tensors(fresh.model)
+    one = setting(family, task)
+    one.model.load_state_dict(fresh.model.state_dict())
+    base_config = one.model.config.to_dict()
+    assert tuning.grow(one.model, Anatomy.of(one.model)) == []
+    context = one.context()
+    tuning.prepare(one.model, context)
+    draw(one.model, 1)
+    artifact.save(
+        tmp_path / "model", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=base_config, edits=[*adapt(one.model), *tuning.finalize(one.model, context)],
+    )  # fmt: skip
+    found = load_file(tmp_path / "model" / artifact.WEIGHTS)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    back = artifact.load(tmp_path / "model")
+    assert torch.equal(one.logits(back.model), one.logits())
+    alone = artifact.load(tmp_path / "model", base_alone=True)
+    assert torch.equal(one.logits(alone.model), fresh.logits())
+    assert not torch.allclose(fresh.logits(), one.logits(), atol=1e-3)
+    with pytest.raises(ArtifactError, match="start from the model that it was tuned from"):
+        artifact.load_dense(str(tmp_path / "model"), one.task, one.labels, one.model.config)
+
+
+@pytest.mark.parametrize("place", ["model", "run", "adapter", "alone"])
+def test_bottlenecks_and_adapters_of_peft_take_turns(setting: Callable[..., Any], tmp_path: Path, place: str) -> None:
+    first = saved(setting(), tmp_path / "first", LoRA(merge=False))
+    second = saved(setting(), tmp_path / "run" / "model", BOTTLENECKS[0], seed=2, head=7)
+    model = tmp_path / "run" / "model"
+    shutil.copytree(model / "adapter", tmp_path / "alone")
+    places = {"model": model, "run": tmp_path / "run", "adapter": model / "adapter", "alone": tmp_path / "alone"}
+    found = adapters.load_with(tmp_path / "first", str(places[place]))
+    assert torch.equal(first.logits(found.model), second.logits())
+    back = adapters.load_with(model, str(tmp_path / "first"))
+    assert torch.equal(first.logits(back.model), first.logits())
+    adapters.add(tmp_path / "first", str(places[place]), "narrow")
+    assert torch.equal(first.logits(adapters.load_with(tmp_path / "first", "narrow").model), second.logits())
+
+
+def test_bottlenecks_of_another_base_are_refused(setting: Callable[..., Any], tmp_path: Path) -> None:
+    saved(setting(), tmp_path / "ours", BOTTLENECKS[1])
+    saved(setting(seed=1), tmp_path / "theirs", BOTTLENECKS[1])
+    message = "was trained on another base; the weights of this one are not the same"
+    assert refused(tmp_path / "ours", tmp_path / "theirs").endswith(message)
+
+
+def test_bottlenecks_on_bottlenecks_are_not_kept_apart(setting: Callable[..., Any]) -> None:
+    one = setting()
+    anatomy = Anatomy.of(one.model)
+    Pfeiffer(size=4).grow(one.model, anatomy)
+    with pytest.raises(ConfigError, match=r"^tuning.merge=false: the model has bottlenecks of an earlier tuning"):
+        BOTTLENECKS[1].grow(one.model, anatomy)
+
+
+@pytest.mark.parametrize("weight", [Magnitude(), QAT()])
+def test_bottlenecks_beside_their_base_and_weight_methods_are_refused(weight: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"tuning=adapter with tuning.merge=false and {weight.name}: "):
+        refuse_conflicts([BOTTLENECKS[0], weight])
 
 
 def test_its_own_by_name_and_none(setting: Callable[..., Any], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ NONE = "none"
 
 def load_with(folder: Path, adapter: str) -> Artifact:
     """The artifact of `folder` with the adapter that `adapter` means: a name of one in it, the folder of a run or of
-    an artifact with an adapter of its own, a folder of PEFT's, or `none`.
+    an artifact with an adapter of its own, the folder of an adapter (PEFT's, or of bottlenecks), or `none`.
 
     Raises:
         ArtifactError: there is no such adapter, or it was made for another base, task or labels.
@@ -78,7 +78,7 @@ def refuse_another_task(place: Path, theirs: dict[str, Any], ours: dict[str, Any
 
 def refuse_another_base(place: Path, home: Path, own: UseAdapter, model: Any) -> None:
     """Raise ArtifactError unless `model` has the very weights of the base in `home`, whose own adapter is `own`."""
-    heads = beside.read_config(home / own.folder).modules_to_save or ()
+    heads = beside.learned_beside(home / own.folder)
     if beside.fingerprint(model.state_dict(), heads) != own.base:
         raise ArtifactError(f"adapter {place}: was trained on another base; the weights of this one are not the same")
 

@@ -1,7 +1,7 @@
-"""Adapters that stay beside their base: a folder in PEFT's own format, and base weights as they were.
+"""Adapters that stay beside their base: a folder of their own, and base weights as they were.
 
-For the tunings whose adapters PEFT injects (BOFT alone is always merged): `remember` in `prepare`, `leave` in
-`finalize`, `conflict` in `conflict`.
+The folder of adapters that PEFT injects is in PEFT's own format (BOFT alone is always merged): `remember` in `prepare`,
+`leave` in `finalize`, `conflict` in `conflict`. That of bottlenecks is written and read by `bottleneck_folder`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from niwaki.edits import Edit
 from niwaki.errors import ArtifactError
 from niwaki.naming import is_plain
 from niwaki.stage import Context, Stage
+from niwaki.tuning import bottleneck_folder
+from niwaki.tuning.bottleneck import free_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,6 +83,9 @@ class UseAdapter(Edit):
             raise ValueError(f"the adapter's folder {self.folder!r} is no plain name")
 
     def set_aside(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        if bottleneck_folder.names(model):
+            bottleneck_folder.save_adapter(model, folder / self.folder)
+            return bottleneck_folder.base_state(model, state)
         write(model, folder / self.folder)
         return base_state(model, state)
 
@@ -90,7 +95,8 @@ class UseAdapter(Edit):
     def merge(self, model: nn.Module) -> None:
         from niwaki.tuning.delta import unload
 
-        unload(model)
+        if not bottleneck_folder.names(model):  # those are layers, which no weight can hold
+            unload(model)
 
 
 def config_of(model: Any) -> Any:
@@ -172,6 +178,9 @@ def put_on(model: Any, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if bottleneck_folder.is_adapter(folder):
+        bottleneck_folder.load_adapter(model, folder, free_name(model))
+        return
     config = read_config(folder)
     try:
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
@@ -189,6 +198,13 @@ def put_on(model: Any, folder: Path) -> None:
     load(model, state, folder)
     model.load_state_dict(head, strict=False)
     model.requires_grad_(False)
+
+
+def learned_beside(folder: Path) -> Collection[str]:
+    """The modules that an adapter brings along whole, beside its own layers: the head."""
+    if bottleneck_folder.is_adapter(folder):
+        return bottleneck_folder.learned_beside(folder)
+    return read_config(folder).modules_to_save or ()
 
 
 def read_config(folder: Path) -> Any:

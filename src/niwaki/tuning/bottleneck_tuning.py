@@ -13,7 +13,7 @@ from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Effects, Phase, Stage, Tuning
-from niwaki.tuning import adapter_folder
+from niwaki.tuning import beside, bottleneck_folder
 from niwaki.tuning.bottleneck import (
     ACTIVATIONS,
     NORMS,
@@ -35,7 +35,8 @@ class BottleneckTuning(Tuning):
 
     `size`: of a bottleneck, m; or `reduction`: the model's width divided by it. `norms`: the norms of the blocks learn
     too. `init_std`: standard deviation of the up-projections at the start; with 0 the model starts exactly as the base.
-    `dropout`: of a bottleneck's activations.
+    `dropout`: of a bottleneck's activations. The bottlenecks stay in the saved model as layers; `merge=false` saves the
+    base as it was and, beside it, the bottlenecks with the head and the norms that learned.
     """
 
     down_std: ClassVar[float | None]
@@ -46,6 +47,7 @@ class BottleneckTuning(Tuning):
     norms: bool = False
     init_std: float
     dropout: float = 0.0
+    merge: bool = True
 
     def __post_init__(self) -> None:
         check_size(self.size, self.reduction)
@@ -73,7 +75,7 @@ class BottleneckTuning(Tuning):
     def conflict(self, others: Sequence[Stage]) -> str | None:
         ranked = next((o for o in others if o.phase is Phase.PRUNE and getattr(o, "scope", None) == "global"), None)
         if ranked is None:
-            return None
+            return None if self.merge else beside.conflict(self.name, others)
         return (
             f"tuning={self.name} and {ranked.name} with scope=global: bottlenecks start near zero, so a ranking over "
             "all layers would drop them whole; use scope=layer"
@@ -92,12 +94,17 @@ class BottleneckTuning(Tuning):
         return size
 
     def grow(self, model: nn.Module, anatomy: Anatomy) -> list[Edit]:
+        if not self.merge and edits_of(model):
+            raise ConfigError(
+                "tuning.merge=false: the model has bottlenecks of an earlier tuning; start from the one below them, or "
+                "set tuning.merge=true"
+            )
         edit = AddBottlenecks(
             adapter=free_name(model), parts=self.parts, reads=self.reads(anatomy), size=self.width(anatomy),
             activation=self.activation, scale=self.factor, dropout=self.dropout,
         )  # fmt: skip
         edit.apply(model)
-        return [edit]
+        return [edit] if self.merge else []
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         adapter = list(edits_of(model))[-1]  # the one that `grow` made
@@ -106,8 +113,15 @@ class BottleneckTuning(Tuning):
         norms = block_norms(context.anatomy) if self.norms else ()
         head = context.new_head
         train_only(model, [*own, *norms, *head])
-        adapter_folder.remember(model, adapter)
+        bottleneck_folder.remember(model, adapter)
         return Effects()
+
+    def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
+        if self.merge:
+            return []
+        base = bottleneck_folder.base_state(model, model.state_dict())
+        heads = {name.rpartition(".")[0] for name in bottleneck_folder.shelf_of(model).base}
+        return [beside.UseAdapter(folder=beside.FOLDER, base=beside.fingerprint(base, heads))]
 
 
 def block_norms(anatomy: Anatomy) -> Iterable[nn.Parameter]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from niwaki import __version__
 from niwaki.errors import ArtifactError, ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.tuning.bottleneck import AddBottlenecks, bottlenecks, edits_of, ends, remove, width_of
+from niwaki.tuning.bottleneck import AddBottlenecks, Wrapper, bottlenecks, edits_of, ends, remove, width_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -126,12 +126,41 @@ def save_adapter(model: Any, folder: Path, adapter: str | None = None) -> None:
     whole(folder / CONFIG, lambda path: path.write_text(json.dumps(facts | edit, indent=1) + "\n", encoding="utf-8"))
 
 
+def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of `state` is the base's, under the names and with the values that it has without the adapter; for a model
+    all of whose adapters can be put off."""
+    wrappers = {name for name, module in model.named_modules() if isinstance(module, Wrapper)}
+    found = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        outer = next((n for n in range(len(parts)) if ".".join(parts[:n]) in wrappers), None)
+        if outer is None:
+            found[name] = tensor
+        elif parts[outer] == "linear":
+            found[".".join([*parts[:outer], *parts[outer + 1 :]])] = tensor
+    base = shelf_of(model).base
+    return {name: contiguous(base)[name] if name in base else tensor for name, tensor in found.items()}
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a bottleneck adapter, rather than one of PEFT's or none."""
     try:
         return bool(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"] == KIND)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def learned_beside(folder: Path) -> set[str]:
+    """The modules, outside of the bottlenecks, whose parameters an adapter brings along: head and norms.
+
+    Raises:
+        ArtifactError: the folder's config is damaged.
+    """
+    try:
+        facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return {str(name).rpartition(".")[0] for name in facts["beside"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"adapter {folder}: {CONFIG} is damaged ({error})") from error
 
 
 def load_adapter(model: Any, folder: Path, adapter: str) -> AddBottlenecks:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from niwaki import artifact
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.errors import ArtifactError, ConfigError, UserError
-from niwaki.tuning import adapter_folder as folders
+from niwaki.tuning import bottleneck_folder as folders
 from niwaki.tuning.adapter import Houlsby
 from niwaki.tuning.adapter_parallel import Parallel
 from niwaki.tuning.adapter_pfeiffer import Pfeiffer
@@ -155,7 +155,7 @@ import sys, torch
 from pathlib import Path
 from niwaki.model.tiny import Tiny
 from niwaki.task.classification import Classification
-from niwaki.tuning import adapter_folder as folders
+from niwaki.tuning import bottleneck_folder as folders
 torch.set_num_threads(1)
 model = Tiny(name="bert", dropout=0.0).load(Classification(), ("maybe", "no", "yes"), 0)
 expected = torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
