@@ -31,6 +31,7 @@ ALONE = [("bart", "causal_lm"), ("t5", "ner")]  # have one of the two stacks
 # Of the backbone, neither in a block nor in the head nor an embedding.
 BESIDE = {
     "llama": r"^model\.norm\.",
+    "qwen2": r"^model\.norm\.",
     "qwen3": r"^model\.norm\.",
     "modernbert": r"^model\.final_norm\.",
     "albert": r"^albert\.encoder\.embedding_hidden_mapping_in\.",
@@ -230,7 +231,7 @@ def test_who_reads_from_left_to_right(setting: Callable[..., Any], family: str) 
     other[0, -1] += 1
     with torch.no_grad():
         first, second = (anatomy.model.eval()(input_ids=one).logits[0, :-1] for one in (ids, other))
-    assert anatomy.causal is (family not in {"bert", "electra"}) is torch.equal(first, second)
+    assert anatomy.causal is (family not in {"bert", "roberta", "electra"}) is torch.equal(first, second)
     anatomy.model.config.is_decoder = True  # type: ignore[union-attr]
     assert anatomy.causal
 
@@ -255,10 +256,11 @@ def test_positions_are_what_the_model_can_read(kind: str) -> None:
 def test_positions_of_every_family(setting: Callable[..., Any], family: str) -> None:
     anatomy = anatomy_of(setting, family, "classification")
     count = anatomy.positions
-    assert count == (None if family in {"t5", "deberta-v2"} else 512)
+    # RoBERTa counts from the place after that of the padding token, which is 0 here
+    assert count == (None if family in {"t5", "deberta-v2"} else 511 if family == "roberta" else 512)
     ids = torch.full((1, 513), 5)
     ids[:, [511, 512]] = 3  # the end
     anatomy.model(input_ids=ids[:, : count or 513])
-    if family in {"bert", "distilbert", "electra", "albert", "gpt2", "bart"}:  # have a table of positions
+    if family in {"bert", "roberta", "distilbert", "electra", "albert", "gpt2", "bart"}:  # have a table of positions
         with pytest.raises((IndexError, RuntimeError)):
             anatomy.model(input_ids=ids)

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **POSITIONS, **TOKENS, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
         "tie_word_embeddings": True,
     },
+    "roberta": {**POSITIONS, **TOKENS},
     "distilbert": {**POSITIONS, "hidden_dim": 64},
     "electra": {**POSITIONS, "embedding_size": 16},
     # Versions 2 and 3 share the attention's linears between text and relative positions.
@@ -33,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
     },
     "modernbert": {**POSITIONS, **TOKENS, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 8},
+    "qwen2": {**POSITIONS, **TOKENS, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {**POSITIONS, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
     "albert": {**POSITIONS, **TOKENS, "embedding_size": 16},
     "gpt2": {"n_positions": 512, "n_inner": 64, **TOKENS},
