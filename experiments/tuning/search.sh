@@ -10,9 +10,9 @@ cd "$(dirname "$0")/../.."
 data=$1
 shift
 declare -A rates=(
-  [full]=2e-5,5e-5,1e-4 [head]=1e-3,3e-3,1e-2 [bitfit]=5e-4,1e-3,3e-3 [layernorm]=1e-3,3e-3,1e-2
-  [lora]=5e-4,1e-3,2e-3 [dora]=5e-4,1e-3,2e-3 [adalora]=1e-3,2e-3,5e-3 [qlora]=5e-4,1e-3,2e-3
-  [ia3]=3e-3,1e-2,3e-2 [adapter]=3e-4,1e-3,3e-3 [adapter_pfeiffer]=3e-4,1e-3,3e-3
+  [full]=2e-5,5e-5,1e-4,2e-4 [head]=1e-3,3e-3,1e-2 [bitfit]=5e-4,1e-3,3e-3 [layernorm]=1e-3,3e-3,1e-2
+  [lora]=5e-4,1e-3,2e-3,4e-3 [dora]=5e-4,1e-3,2e-3,4e-3 [adalora]=1e-3,2e-3,5e-3,1e-2 [qlora]=5e-4,1e-3,2e-3,4e-3
+  [ia3]=3e-3,1e-2,3e-2 [adapter]=3e-4,1e-3,3e-3 [adapter_pfeiffer]=3e-4,1e-3,3e-3,1e-2
   [prefix]=1e-3,3e-3,1e-2 [prompt]=3e-3,1e-2,3e-2
 )
 declare -A settings=( # the same rank for all that have one; AdaLoRA starts above it and ends at it on average
