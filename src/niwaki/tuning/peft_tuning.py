@@ -25,6 +25,7 @@ ADAPTER = "default"  # the name that PEFT knows the adapter by
 @dataclass(frozen=True, kw_only=True)
 class PeftTuning(Tuning):
     """Adapters of PEFT on the linears of the blocks that `parts` names; the base weights are frozen, a new head learns.
+    A linear that plays several parts (GPT-2 and ModernBERT fuse query, key and value) is taken whole for any of them.
 
     Under weight compression the merge is the first link of the chain, so the merged weight is what is masked and
     rounded; alone, PEFT's own forward is used. `merge=false` saves the base as it was and, beside it, the adapter and
