@@ -96,6 +96,14 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands; `new` may hold `old`."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                setattr(module, name, new)
+
+
 def to_dense(model: nn.Module) -> None:
     """Put a dense linear with the same weight where a packed one stands."""
     for name, module in list(model.named_modules()):
