@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -113,7 +114,7 @@ def parts(piece: str, ranks: dict[tuple[str, str], int]) -> set[str]:
     pieces = list(piece)
     found = set(pieces)
     while True:
-        pairs = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
+        pairs = [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(pieces)) if pair in ranks]
         if not pairs:
             return found
         place = min(pairs)[1]

@@ -138,7 +138,7 @@ class KeepTokens(Edit):
 def vocabulary_parameters(model: Any) -> list[nn.Parameter]:
     """The parameters with a row for each token: the table, and weight and bias of the output layer."""
     table = table_of(model)
-    found = {id(table.weight): table.weight}
+    found: dict[int, nn.Parameter] = {id(table.weight): table.weight}  # type: ignore[dict-item]
     output = model.get_output_embeddings()
     if output is not None:
         own = output.parameters(recurse=False)
@@ -183,6 +183,18 @@ def token_fields(settings: Any) -> list[tuple[str, Any]]:
     """(name, value) of each field of a config that names tokens by number."""
     named = [(name, value) for name, value in settings.to_dict().items() if name.endswith("_token_id")]
     return [(name, value) for name, value in named if isinstance(value, int | list) and not isinstance(value, bool)]
+
+
+class InOldNumbers(nn.Module):
+    """A model whose tokens were not cut, on tokens as they are numbered where they were."""
+
+    def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("old", torch.tensor(list(tokens)), persistent=False)
+
+    def forward(self, input_ids: Tensor, **inputs: Tensor) -> Any:
+        return self.model(input_ids=self.get_buffer("old")[input_ids], **inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ class RepeatedBlocks(nn.ModuleList):
     def __getitem__(self, index: int | slice) -> Any:
         blocks = list(self._modules.values())
         if isinstance(index, slice):
-            return RepeatedBlocks(blocks[index], self.settings[index])  # type: ignore[arg-type]
+            return RepeatedBlocks(blocks[index], self.settings[index])
         block: Any = blocks[index]
         for name, attributes in self.settings[index].items():
             module = block.get_submodule(name)

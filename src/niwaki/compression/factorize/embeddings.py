@@ -20,9 +20,10 @@ FIELD = "compression.factorize_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings(Stage):
-    """E (tokens, width) becomes A B, A (tokens, rank), B (rank, width): with E = U S V^T, A = U_r S_r and B = V_r^T, the
-    nearest of that rank. An output layer that is tied to E is tied to both factors: logits = A (B h). One with weights
-    of its own keeps them.
+    """E (tokens, width) becomes A B, with A (tokens, rank) and B (rank, width).
+
+    With E = U S V^T, A = U_r S_r and B = V_r^T: their product is the nearest of that rank. An output layer that is tied
+    to E is tied to both factors, logits = A (B h); one with weights of its own keeps them.
 
     `rank`: null for a quarter of the width.
     """

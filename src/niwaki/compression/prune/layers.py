@@ -50,7 +50,8 @@ class Layers(Stage):
             raise ConfigError(f"{FIELD}.blocks={self.blocks and list(self.blocks)}: {need}")
         for name, value, works in (("count", self.count, COUNTED), ("rows", self.rows, ("influence",))):
             if value is not None and self.by not in works:
-                raise ConfigError(f"{FIELD}.{name}={value}: has no effect with by={self.by}; use by={' or '.join(works)}")
+                fitting = " or ".join(works)
+                raise ConfigError(f"{FIELD}.{name}={value}: has no effect with by={self.by}; use by={fitting}")
             if value is not None and value < 1:
                 raise ConfigError(f"{FIELD}.{name}={value}: needs a whole number of at least 1")
 

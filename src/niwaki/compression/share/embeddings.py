@@ -49,12 +49,12 @@ class Embeddings(Stage):
         if output is None:
             raise ConfigError(f"{FIELD}: this model has no output layer over its tokens; needs a language model")
         if is_tied(model):
-            raise ConfigError(f"{FIELD}: the output layer of this model is tied to its embeddings already; leave it out")
-        table = model.get_input_embeddings().weight
-        if not isinstance(output, nn.Linear) or table is not table_of(model).weight or output.weight.shape != table.shape:
+            raise ConfigError(f"{FIELD}: the output layer of this model is tied to its embeddings already")
+        table = table_of(model).weight  # of factorised embeddings, the narrow one
+        if output.weight.shape != table.shape:
             raise ConfigError(
-                f"{FIELD}: the embeddings are {tuple(table_of(model).weight.shape)}, the output layer "
-                f"{tuple(output.weight.shape)}; needs one shape"
+                f"{FIELD}: the embeddings are {tuple(table.shape)}, the output layer {tuple(output.weight.shape)}; "
+                "needs one shape"
             )
 
     def outline(self, model: nn.Module) -> None:

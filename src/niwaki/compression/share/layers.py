@@ -42,9 +42,7 @@ class Layers(Stage):
         if self.lists is not None:
             given = next((name for name in ("groups", "arrangement") if getattr(self, name) is not None), None)
             if given:
-                raise ConfigError(
-                    f"{FIELD}.{given}={getattr(self, given)}: has no effect beside lists; leave one out"
-                )
+                raise ConfigError(f"{FIELD}.{given}={getattr(self, given)}: has no effect beside lists; leave one out")
             members = [block for group in self.lists for block in group]
             if not self.lists or any(len(group) < 2 for group in self.lists) or len(set(members)) != len(members):
                 raise ConfigError(f"{FIELD}.lists={self.lists}: needs groups of at least 2 blocks, each block once")
