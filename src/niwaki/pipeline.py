@@ -62,7 +62,7 @@ def read(recipe: Recipe) -> Corpus:
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
     for stage in recipe.stages:
         if isinstance(stage, Trims):
-            corpus = corpus.trimmed(stage.tokens(corpus, recipe.model.config()))
+            corpus = corpus.trimmed(stage.kept_tokens(corpus, recipe.model.config()))
     return corpus
 
 

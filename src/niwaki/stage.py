@@ -129,7 +129,7 @@ class Stage(abc.ABC):
 class Trims(Protocol):
     """A stage that leaves tokens out. The data is read with the smaller tokenizer from then on."""
 
-    def tokens(self, corpus: Corpus, config: Any) -> Sequence[int]:
+    def kept_tokens(self, corpus: Corpus, config: Any) -> Sequence[int]:
         """The tokens that stay, by their numbers in the tokenizer of `corpus`, ascending. `config`: the model's."""
         ...
 

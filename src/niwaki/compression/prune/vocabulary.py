@@ -54,7 +54,7 @@ class Vocabulary(Stage):
                 f"{table_of(anatomy.model).num_embeddings}; needs one of each for every token"
             )
 
-    def tokens(self, corpus: Corpus, config: Any) -> list[int]:
+    def kept_tokens(self, corpus: Corpus, config: Any) -> list[int]:
         tokenizer, counts = corpus.tokenizer, corpus.token_counts(self.splits)
         if not self.alphabet and not pieces.has_unknown(tokenizer):
             raise ConfigError(
