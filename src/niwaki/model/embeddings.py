@@ -161,7 +161,8 @@ def renumber(model: Any, numbers: Mapping[int, int], size: int) -> None:
     for module in model.modules():
         if getattr(module, "vocab_size", None) == size:
             module.vocab_size = len(numbers)
-        if not isinstance(module, nn.Embedding) and isinstance(getattr(module, "padding_idx", None), int):
+        table = isinstance(module, nn.Embedding | FactorizedEmbedding)
+        if not table and isinstance(getattr(module, "padding_idx", None), int):
             module.padding_idx = numbers.get(module.padding_idx, module.padding_idx)
     for config in configs(model):
         config.vocab_size = len(numbers)
