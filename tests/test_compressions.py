@@ -20,7 +20,7 @@ from niwaki import artifact, compose
 from niwaki.data.corpus import Corpus
 from niwaki.errors import ConfigError
 from niwaki.fit import fit
-from niwaki.pipeline import assemble, check_on_empty_model, fold_and_convert, settle
+from niwaki.pipeline import assemble, check_on_empty_model, fold_and_convert, read, settle
 from niwaki.stage import refuse_conflicts
 from niwaki.weights import fold
 
@@ -29,8 +29,14 @@ MODELS = {"causal_lm": "tiny-llama"}  # else tiny-bert
 STEPS, STOP = 6, 3
 CONVERT_BOUND = 0.01  # as in tests/test_grid.py
 
-SETTINGS: dict[str, list[str]] = {}  # of the methods that show more than their defaults do, without "compression."
-REFUSED: dict[tuple[str, ...], str] = {}  # (method, another method or tuning ...): what the refusal says
+SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their defaults do, without "compression."
+    "prune/vocabulary": ["vocabulary.alphabet=false"],  # the tokens of the tiny models are characters
+}
+REFUSED: dict[tuple[str, ...], str] = {  # (method, another method or tuning ...): what the refusal says
+    # Those of an untied model: tests/compression/share/test_embeddings.py
+    ("share/embeddings", "causal_lm"): "tied to its embeddings already",
+    ("share/embeddings",): "has no output layer",
+}
 
 CHECK_IN_A_FRESH_PROCESS = """
 import json, sys, torch
@@ -93,7 +99,7 @@ def look(recipe: Any) -> None:
 
 def load(recipe: Any) -> tuple[Corpus, Any]:
     pl.seed_everything(recipe.seed, verbose=False)
-    corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
+    corpus = read(recipe)
     check_on_empty_model(recipe, corpus.labels)
     return corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed)
 

@@ -54,9 +54,12 @@ def test_every_option_lists_every_setting(group: str, option: str) -> None:
 
 
 def test_a_nested_option_stands_under_its_own_name() -> None:
-    for path in (FOLDER / "compression").rglob("*.yaml"):
-        first = path.read_text().splitlines()[0]
-        assert first == f"# @package compression.{path.stem}", path
+    """With that of its group before it where another group has an option of the same name."""
+    paths = list((FOLDER / "compression").rglob("*.yaml"))
+    stems = [path.stem for path in paths]
+    for path in paths:
+        own = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}"
+        assert path.read_text().splitlines()[0] == f"# @package compression.{own}", path
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def refuse_another_task(place: Path, theirs: dict[str, Any], ours: dict[str, Any
 def refuse_another_base(place: Path, home: Path, own: UseAdapter, model: Any) -> None:
     """Raise ArtifactError unless `model` has the very weights of the base in `home`, whose own adapter is `own`."""
     heads = beside.learned_beside(home / own.folder)
-    if beside.fingerprint(model.state_dict(), heads) != own.base:
+    if beside.fingerprint(beside.base_state(model, model.state_dict()), heads) != own.base:
         raise ArtifactError(f"adapter {place}: was trained on another base; the weights of this one are not the same")
 
 

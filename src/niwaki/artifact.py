@@ -215,7 +215,9 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         reason = str(error).splitlines()[-1].strip()
         raise ArtifactError(f"artifact {folder}: the weights do not fit the structure ({reason})") from error
     present = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
-    missing = [n for n in result.missing_keys if model.state_dict()[n].data_ptr() not in present]
+    firsts = first_names(model)
+    lacking = [n for n in result.missing_keys if firsts.get(n, n) not in state]
+    missing = [n for n in lacking if model.state_dict()[n].data_ptr() not in present]
     if missing or result.unexpected_keys:
         odd = [*missing, *result.unexpected_keys][0]
         raise ArtifactError(f"artifact {folder}: {WEIGHTS} does not fit the structure ({odd})")
@@ -261,7 +263,7 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers as the modules hold them, which a state dict may show in another layout."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def carried(folder: Path) -> list[Edit]:
@@ -269,13 +271,20 @@ def carried(folder: Path) -> list[Edit]:
     return [edit for edit in map(from_json, parse_card(folder)["edits"]) if edit.carried]
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """By each name of a parameter or buffer, the first one that it has: a block that runs twice has every name twice,
+    and its state dict may hold a copy under each."""
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors(model).items()}
+
+
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of the model, tied tensors once, contiguous, on the CPU."""
     seen: set[tuple[int, torch.Size]] = set()
-    state = {}
+    state, firsts = {}, first_names(model)
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in seen:
+        if firsts.get(name, name) != name or (tensor.numel() and key in seen):
             continue
         seen.add(key)
         state[name] = tensor.detach().cpu().contiguous()

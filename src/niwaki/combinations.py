@@ -43,7 +43,7 @@ class Combination:
         Raises:
             ConfigError: an option cannot be built.
         """
-        methods = {name.rpartition("/")[2]: option("compression", name) for name in self.compression}
+        methods = {name: option("compression", name) for name in self.compression}
         return replace(
             defaults(), task=option("task", self.task), model=option("model", f"tiny-{self.family}"),
             tuning=option("tuning", self.tuning), compression=methods,

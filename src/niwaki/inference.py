@@ -188,7 +188,15 @@ def facts(saved: artifact.Artifact) -> dict[str, str]:
 def brief(name: str, settings: Mapping[str, Any]) -> str:
     """`name (setting value, ...)`, with the length of what is long."""
     shown = [
-        f"{len(value)} {key}" if isinstance(value, list | tuple | dict) and len(value) > 8 else f"{key} {value}"
+        f"{len(value)} {key}"
+        if isinstance(value, list | tuple | dict) and len(value) > 8
+        else f"{key} {shortened(value)}"
         for key, value in settings.items()
     ]
     return f"{name} ({', '.join(shown)})" if shown else name
+
+
+def shortened(value: Any) -> str:
+    """A setting, without the end of a long one."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

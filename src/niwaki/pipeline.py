@@ -16,9 +16,9 @@ from niwaki.data.corpus import Corpus
 from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import Taught, check_teacher, load_teacher
+from niwaki.model.teacher import Taught, Uncut, check_teacher, load_teacher
 from niwaki.recipe import Recipe
-from niwaki.stage import Context, Phase, Stage, refuse_conflicts
+from niwaki.stage import Context, Phase, Stage, Trims, refuse_conflicts
 from niwaki.weights import fold
 
 
@@ -32,13 +32,13 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     refuse_conflicts(recipe.stages)
     recipe.trainer.prepare()
     pl.seed_everything(recipe.seed, verbose=False)
-    corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
+    corpus = read(recipe)
     check_on_empty_model(recipe, corpus.labels)
     check_teachers(recipe, corpus)
     console.plan(recipe, corpus)
 
     model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
-    before = sides.before(recipe, corpus, model, folder)
+    before = sides.before(recipe, corpus.as_loaded, model, folder)
     work = assemble(recipe, corpus, model)
     console.learning(model)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -57,12 +57,21 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     return metrics
 
 
+def read(recipe: Recipe) -> Corpus:
+    """The data, in the tokens that the shaped model will read."""
+    corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
+    for stage in recipe.stages:
+        if isinstance(stage, Trims):
+            corpus = corpus.trimmed(stage.kept_tokens(corpus, recipe.model.config()))
+    return corpus
+
+
 def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
-    """Everything between load and fit: shape, tune, weights, objective."""
+    """Everything between load and fit: vocabulary, shape, tune, weights, objective."""
     context = context_of(recipe, corpus, model)
     work = Work(model, model.config.to_dict(), context)
     work.edits += recipe.model.cut(model)
-    for stage in of_phase(recipe, Phase.SHAPE):
+    for stage in (*of_phase(recipe, Phase.VOCABULARY), *of_phase(recipe, Phase.SHAPE)):
         work.add(stage.prepare(model, context))
     work.edits += recipe.tuning.grow(model, context.anatomy)
     context.targets.update(context.anatomy.linears())
@@ -81,14 +90,19 @@ def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> None:
     recipe.task.check(anatomy)
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
+        stage.outline(anatomy.model)
 
 
 def check_teachers(recipe: Recipe, corpus: Corpus) -> None:
     """Look at what the teachers say of themselves, before weights are loaded."""
-    vocabulary = corpus.tokenizer.get_vocab()
     for stage in recipe.stages:
         for field, place in stage.teachers().items() if isinstance(stage, Taught) else ():
-            check_teacher(place, recipe.task, corpus.labels, vocabulary, field)
+            check_teacher(place, recipe.task, corpus.labels, corpus.tokenizer.get_vocab(), field, uncut(corpus))
+
+
+def uncut(corpus: Corpus) -> Uncut | None:
+    """The vocabulary that the student had before tokens were left out, where some were: a teacher may have it still."""
+    return Uncut(corpus.whole.tokenizer.get_vocab(), corpus.tokens) if corpus.whole else None
 
 
 def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
@@ -102,10 +116,13 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         seed=recipe.seed,
         head_learns=recipe.task.head_learns,
         predictions=recipe.task.predictions,
-        load_teacher=lambda place, field: load_teacher(place, recipe.task, corpus.labels, vocabulary, field),
+        load_teacher=lambda place, field: load_teacher(
+            place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus)
+        ),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
         calibration=corpus.calibration,
         inputs=recipe.task.inputs,
+        tokens=corpus.tokens,
         loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),
     )
 

@@ -80,6 +80,11 @@ class Recipe:
         """Raise ConfigError where the optimizer or an average of the weights cannot go with the rest."""
         if reason := self.optimizer.conflict(self):
             raise ConfigError(reason)
+        cutting = next((stage for stage in self.compression.values() if stage.leaves_out_blocks), None)
+        if cutting and self.model.layers is not None:
+            raise ConfigError(
+                f"model.layers={list(self.model.layers)} and {cutting.name}: both say which blocks stay; leave one out"
+            )
         averaging = [f"callbacks={key}" for key, found in self.callbacks.items() if getattr(found, "averages", False)]
         if len(averaging) > 1:
             raise ConfigError(
@@ -105,11 +110,12 @@ class Recipe:
         """(step, what it does) for every step that does something, in the order of the run."""
         by_phase = {phase: [s for s in self.stages if s.phase is phase] for phase in Phase}
         weights = [s for s in self.stages if s.phase.acts_on_weights]
+        shaping = by_phase[Phase.VOCABULARY] + by_phase[Phase.SHAPE]
         cut = [f"keep layers {list(self.model.layers)}"] if self.model.layers else []
         objective = [f"{self.task_weight:g} x {self.task.name}", *map(describe, by_phase[Phase.OBJECTIVE])]
         return [
             ("load", f"{self.model.title} for {self.task.name} on {option_name(self.data)}"),
-            ("shape", ", ".join(cut + [describe(s) for s in by_phase[Phase.SHAPE]]) or "as loaded"),
+            ("shape", ", ".join(cut + [describe(s) for s in shaping]) or "as loaded"),
             ("tune", describe(self.tuning)),
             (
                 "weights",

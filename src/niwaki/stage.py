@@ -7,7 +7,7 @@ import enum
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from niwaki.errors import ConfigError
 from niwaki.naming import option_name
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor, nn
 
+    from niwaki.data.corpus import Corpus
     from niwaki.edits import Edit
     from niwaki.model.anatomy import Anatomy
 
@@ -26,6 +27,7 @@ Term = Callable[[Any, Mapping[str, "Tensor"]], "Tensor"]
 class Phase(enum.IntEnum):
     """When a method acts. The order of a user's list never matters; this one does."""
 
+    VOCABULARY = -1  # changes which tokens there are, before anything is read
     SHAPE = 0  # changes the architecture
     TUNE = 1  # decides which parameters learn
     PRUNE = 2  # weight links, in the order in which they are stacked: prune, share, quantize
@@ -64,6 +66,7 @@ class Context:
     epoch: int = 0  # optimizer steps of one epoch
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
     kept: dict[str, Tensor] = field(default_factory=dict)  # parameters as they were before the fit, where one asked
+    tokens: Sequence[int] = ()  # those that stay, where some go: by their numbers in the model as it was loaded
 
     @property
     def new_head(self) -> list[nn.Parameter]:
@@ -75,6 +78,7 @@ class Context:
 class Effects:
     """What a prepared stage adds to the fit."""
 
+    edits: list[Edit] = field(default_factory=list)  # made to the model already: what rebuilds them
     callbacks: list[pl.Callback] = field(default_factory=list)
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
@@ -91,6 +95,7 @@ class Stage(abc.ABC):
 
     phase: ClassVar[Phase]
     during_fit: ClassVar[bool] = True
+    leaves_out_blocks: ClassVar[bool] = False  # as model.layers does
     paper: ClassVar[str]
 
     @property
@@ -107,6 +112,10 @@ class Stage(abc.ABC):
         right shapes (meta device), before any weight is loaded."""
         return None
 
+    def outline(self, model: nn.Module) -> None:
+        """Give an empty model the structure that `prepare` will, so that later methods are checked on it."""
+        return None
+
     @abc.abstractmethod
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         """Change the model in place before the fit (or after it, without `during_fit`)."""
@@ -114,6 +123,15 @@ class Stage(abc.ABC):
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
         """After the fold: bring the model into the form that is saved; return the edits that rebuild it."""
         return []
+
+
+@runtime_checkable
+class Trims(Protocol):
+    """A stage that leaves tokens out. The data is read with the smaller tokenizer from then on."""
+
+    def kept_tokens(self, corpus: Corpus, config: Any) -> Sequence[int]:
+        """The tokens that stay, by their numbers in the tokenizer of `corpus`, ascending. `config`: the model's."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

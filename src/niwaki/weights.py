@@ -90,10 +90,24 @@ def shared_parameters(model: nn.Module) -> set[int]:
     return {identity for identity, count in owners.items() if count > 1}
 
 
+def repeats(model: nn.Module) -> set[str]:
+    """The names of modules that stand in the model under an earlier name already: parts of a block that runs twice."""
+    every = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_modules()}
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where `name` stands."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands; `new` may hold `old`."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                setattr(module, name, new)
 
 
 def to_dense(model: nn.Module) -> None:

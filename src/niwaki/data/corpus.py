@@ -6,8 +6,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import niwaki
 from niwaki.data.batches import Batches
 from niwaki.data.encode import encode
 from niwaki.data.source import Source
+from niwaki.data.tokens import cut
 from niwaki.task.task import Task
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Corpus:
     features: Mapping[str, Dataset]
     seed: int
     columns: tuple[str, ...] = ()  # of the rows
+    rows: Mapping[str, Dataset] = field(default_factory=dict)  # before they were encoded
+    tokens: tuple[int, ...] = ()  # those that were kept of the tokenizer of `whole`, where some were left out
+    whole: Corpus | None = None
 
     @classmethod
     def read(cls, task: Task, source: Source, tokenizer: Any, seed: int) -> Corpus:
@@ -45,10 +49,25 @@ class Corpus:
         """
         splits = source.splits(task.needs, seed)
         labels = task.labels(splits)
-        key = f"{niwaki.__version__}\n{encoding_hash(task)}\n{labels}\n{tokenizer_hash(tokenizer)}"
-        function = partial(task.encode, tokenizer=tokenizer, labels=labels)
-        features = {name: encode(rows, function, key, whole=task.whole) for name, rows in splits.items()}
-        return cls(task, source, tokenizer, labels, features, seed, tuple(splits["train"].column_names))
+        features = encoded(task, splits, tokenizer, labels)
+        return cls(task, source, tokenizer, labels, features, seed, tuple(splits["train"].column_names), splits)
+
+    def trimmed(self, tokens: Sequence[int]) -> Corpus:
+        """The same rows, read with these tokens of the tokenizer alone, which are numbered anew in their order."""
+        tokenizer = cut(self.tokenizer, tokens)
+        features = encoded(self.task, self.rows, tokenizer, self.labels)
+        return replace(self, tokenizer=tokenizer, features=features, tokens=tuple(tokens), whole=self)
+
+    @property
+    def as_loaded(self) -> Corpus:
+        """The corpus in the tokens of the model as it was loaded."""
+        return self.whole or self
+
+    def token_counts(self, splits: Sequence[str]) -> np.ndarray:
+        """How often each token stands in these splits, by its number."""
+        columns = [self.features[split].with_format("arrow")[:].column("input_ids") for split in splits]
+        numbers = [column.combine_chunks().flatten().to_numpy() for column in columns]
+        return np.bincount(np.concatenate(numbers), minlength=len(self.tokenizer))
 
     def training(self, rank: int = 0, world: int = 1) -> Batches:
         """Shuffled batches of the training split."""
@@ -84,6 +103,13 @@ class Corpus:
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return self.task.collate(rows, self.tokenizer)
+
+
+def encoded(task: Task, splits: Mapping[str, Dataset], tokenizer: Any, labels: tuple[str, ...]) -> dict[str, Dataset]:
+    """The features of each split."""
+    key = f"{niwaki.__version__}\n{encoding_hash(task)}\n{labels}\n{tokenizer_hash(tokenizer)}"
+    function = partial(task.encode, tokenizer=tokenizer, labels=labels)
+    return {name: encode(rows, function, key, whole=task.whole) for name, rows in splits.items()}
 
 
 def chunks(rows: list[Any], size: int) -> list[list[Any]]:

@@ -19,6 +19,7 @@ from niwaki.measure.machine import machine, versions
 from niwaki.measure.report import write_report
 from niwaki.measure.size import count, macs, target_table
 from niwaki.measure.speed import THROUGHPUT_BATCH, speeds
+from niwaki.model.embeddings import InOldNumbers
 from niwaki.naming import option_name
 from niwaki.recipe import Recipe
 
@@ -52,7 +53,8 @@ def compare(
     after = {"test": scores.compute(), **count(saved.model), "bytes": artifact.weight_bytes(saved.folder)}
     models = {"after": reloaded}
     if side_before is not None:
-        models["before"] = recipe.model.load(recipe.task, corpus.labels, recipe.seed).to(device)
+        whole = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
+        models["before"] = (InOldNumbers(whole, corpus.tokens).eval() if corpus.tokens else whole).to(device)
     measured = cost(recipe, corpus, models)
     return clean(
         {

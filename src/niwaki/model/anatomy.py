@@ -160,6 +160,11 @@ class Anatomy:
         """The blocks of one stack, in order."""
         return [block for _, its, block in self.named_blocks() if its is stack]
 
+    def uses_of(self, stack: Stack) -> list[nn.Module]:
+        """The blocks of one stack as they run, in order: one that is used several times stands there as often."""
+        lists = [self.backbone.get_submodule(name) for name in self._lists_of(stack)]
+        return [block for blocks in lists for block in blocks._modules.values() if block is not None]
+
     def _lists_of(self, stack: Stack) -> list[str]:
         """The lists of the backbone that hold the blocks of a stack; none where this model lacks it."""
         above, star, inner = stack.blocks.partition(".*.")
@@ -234,7 +239,7 @@ class Anatomy:
             ConfigError: an index is out of range, or given twice; the stacks differ in depth; the family has blocks
                 that cannot be left out, or block 0, which differs from all others, would not stay the first.
         """
-        self._check_kept(indices)
+        self.check_kept(indices, f"model.layers={list(indices)}")
         config: Any = self.model.config
         for stack in self.stacks:
             blocks = self.blocks_of(stack)
@@ -252,16 +257,18 @@ class Anatomy:
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[i] for i in indices]
 
-    def _check_kept(self, indices: Sequence[int]) -> None:
-        setting = f"model.layers={list(indices)}"
+    def check_kept(self, indices: Sequence[int], setting: str) -> None:
+        """Raise ConfigError, which names the `setting`, where `keep_blocks` cannot keep these."""
         if reason := self.family.fixed(self.model.config):
-            raise ConfigError(f"{setting}: {reason}, so none can be left out; leave it null")
+            raise ConfigError(f"{setting}: {reason}, so none can be left out; leave it out")
         counts = [len(self.blocks_of(stack)) for stack in self.stacks]
         if len(set(counts)) > 1:
             raise ConfigError(
                 f"{setting}: counts in every stack of the model alike, and they have {' and '.join(map(str, counts))} "
-                "blocks; leave it null"
+                "blocks; leave it out"
             )
+        if any(len(self.uses_of(stack)) != counts[0] for stack in self.stacks):
+            raise ConfigError(f"{setting}: blocks of this model share their weights, so none can be left out")
         wrong = [i for i in indices if not 0 <= i < counts[0]]
         if wrong or not indices or len(set(indices)) != len(indices):
             raise ConfigError(f"{setting}: needs different layer numbers in 0..{counts[0] - 1}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from niwaki.model.anatomy import Anatomy
+from niwaki.model.embeddings import FactorizedEmbedding
 
 NORMS = ("Norm", "norm")  # how the classes of norms end, in torch and in every family
 
@@ -40,7 +41,8 @@ def depths(anatomy: Anatomy) -> dict[str, int]:
 def embedding_parameters(backbone: nn.Module) -> set[int]:
     """Identities of the parameters that embed, or belong to a module called after embeddings (their norm, their
     projection)."""
-    tables = {id(p) for module in backbone.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    kinds = (nn.Embedding, FactorizedEmbedding)
+    tables = {id(p) for module in backbone.modules() if isinstance(module, kinds) for p in module.parameters()}
     return tables | {id(p) for name, p in backbone.named_parameters() if "embed" in name}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ import torch
 from niwaki import artifact
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import adapt
+from niwaki.model.embeddings import KeepTokens
 from niwaki.model.load import Pretrained, auto_class, located
 
 if TYPE_CHECKING:
@@ -26,8 +28,19 @@ class Taught(Protocol):
         ...
 
 
-def check_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str) -> None:
-    """Look at what a teacher says of itself, and load none of its weights. `field` names it in errors.
+@dataclass(frozen=True)
+class Uncut:
+    """The vocabulary that a student had before tokens were left out, and the numbers in it of those that stay."""
+
+    words: dict[str, int]
+    tokens: Sequence[int]
+
+
+def check_teacher(
+    place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str, uncut: Uncut | None = None
+) -> bool:
+    """Look at what a teacher says of itself, and load none of its weights. `field` names it in errors. Returns whether
+    it has the student's vocabulary; else it has `uncut`, of which the student has a part.
 
     Raises:
         ConfigError: another task, other labels, or another vocabulary.
@@ -49,11 +62,12 @@ def check_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dic
             )
         refuse_other_labels(place, [config.id2label[i] for i in sorted(config.id2label)], labels, field)
     words = spec.tokenizer().get_vocab()
-    if words != vocabulary:
+    if words != vocabulary and (uncut is None or words != uncut.words):
         raise ConfigError(
             f"{field}={place!r}: its vocabulary ({len(words)} entries) is not the student's ({len(vocabulary)}); "
             "logits can only be compared on the same one"
         )
+    return bool(words == vocabulary)
 
 
 def refuse_other_labels(place: str, theirs: Sequence[str], labels: Sequence[str], field: str) -> None:
@@ -63,14 +77,25 @@ def refuse_other_labels(place: str, theirs: Sequence[str], labels: Sequence[str]
         raise ConfigError(f"{field}={place!r}: its labels are not the student's ({', '.join(odd[:3])})")
 
 
-def load_teacher(place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str) -> Any:
-    """The teacher's model. `field` of the config names it in errors.
+def load_teacher(
+    place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str, uncut: Uncut | None = None
+) -> Any:
+    """The teacher's model. `field` of the config names it in errors. A teacher of the vocabulary that the student had
+    before tokens were left out loses the same ones: it reads the student's tokens, and its logits are of these.
 
     Raises:
         ConfigError: another task, other labels, another vocabulary, or no trained head.
     """
-    check_teacher(place, task, labels, vocabulary, field)
-    place = located(place, field)
+    same = check_teacher(place, task, labels, vocabulary, field, uncut)
+    teacher = loaded(located(place, field), task, field)
+    if not same:
+        assert uncut is not None
+        KeepTokens.of(uncut.tokens).apply(teacher)
+    return teacher
+
+
+def loaded(place: str, task: Task, field: str) -> Any:
+    """The model at a place, with its trained head."""
     if artifact.is_artifact(place):
         return artifact.load(place).model
     spec = Pretrained(name=place)

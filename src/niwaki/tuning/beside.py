@@ -114,13 +114,19 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of `state` is the base's, under the names that it has without adapters."""
+    """What of `state` is the base's, once, under the names that it has without adapters."""
     from peft.utils.other import ModulesToSaveWrapper
+
+    from niwaki.weights import repeats
+
+    again = repeats(model)
 
     inner = dict.fromkeys(adapter_layers(model), "base_layer")
     inner |= {name: "original_module" for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     found = {}
     for name, tensor in state.items():
+        if name.rpartition(".")[0] in again:
+            continue
         parts = name.split(".")
         outer = next((n for n in range(len(parts)) if ".".join(parts[:n]) in inner), None)
         if outer is None:

@@ -24,6 +24,7 @@ from niwaki import __version__
 from niwaki.errors import ArtifactError, ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.tuning.bottleneck import AddBottlenecks, Wrapper, bottlenecks, edits_of, ends, remove, width_of
+from niwaki.weights import repeats
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -127,11 +128,13 @@ def save_adapter(model: Any, folder: Path, adapter: str | None = None) -> None:
 
 
 def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of `state` is the base's, under the names and with the values that it has without the adapter; for a model
+    """What of `state` is the base's, once, under the names and with the values that it has without the adapter; for a model
     all of whose adapters can be put off."""
     wrappers = {name for name, module in model.named_modules() if isinstance(module, Wrapper)}
-    found = {}
+    found, again = {}, repeats(model)
     for name, tensor in state.items():
+        if name.rpartition(".")[0] in again:
+            continue
         parts = name.split(".")
         outer = next((n for n in range(len(parts)) if ".".join(parts[:n]) in wrappers), None)
         if outer is None:
