@@ -91,6 +91,7 @@ class Stage(abc.ABC):
 
     phase: ClassVar[Phase]
     during_fit: ClassVar[bool] = True
+    later: ClassVar[bool] = False  # within its phase, after those that are not: widths are cut in the blocks that stay
     paper: ClassVar[str]
 
     @property
@@ -105,6 +106,11 @@ class Stage(abc.ABC):
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         """Raise ConfigError where this method cannot act on such a model; called on an empty model of the
         right shapes (meta device), before any weight is loaded."""
+        return None
+
+    def reshape(self, anatomy: Anatomy) -> None:
+        """Give an empty model the shapes that this method will leave before the fit, as far as they are known; for the
+        checks of the stages that come after it."""
         return None
 
     @abc.abstractmethod
@@ -136,7 +142,7 @@ class Tuning(Stage):
 
 def ordered(stages: Iterable[Stage]) -> list[Stage]:
     """The stages in the order in which they act."""
-    return sorted(stages, key=lambda stage: (stage.phase, stage.name))
+    return sorted(stages, key=lambda stage: (stage.phase, stage.later, stage.name))
 
 
 def refuse_conflicts(stages: Sequence[Stage]) -> None:
