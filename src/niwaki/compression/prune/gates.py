@@ -84,6 +84,11 @@ class GateSchedule(pl.Callback):
         self.interval = interval
         self._drawn = -1
 
+    @property
+    def state_key(self) -> str:
+        """One for heads and one for neurons: both may be in a fit."""
+        return f"gates of {next(iter(self.gates)).kind}"
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Only now, since a tuning that came later may have put something around the linear, which reads its input too;
         # and first of all hooks, since integers are rounded by what is left of the input.
