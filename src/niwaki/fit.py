@@ -41,6 +41,7 @@ class Work:
         self.terms |= effects.terms
         self.settled = max(self.settled, effects.settled)
         self.lr_factors |= effects.lr_factors
+        self.edits += effects.edits
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Effects:
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
     lr_factors: dict[str, float] = field(default_factory=dict)  # of the learning rate, by the name of a parameter
+    edits: list[Edit] = field(default_factory=list)  # what was done to the structure, below what comes after it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,16 +61,19 @@ def cut_all(anatomy: Anatomy, kept: Mapping[Units, Sequence[int]]) -> None:
 def tell_config(anatomy: Anatomy, kind: Kind) -> bool:
     """Write the sizes into the config of the model, where what transformers builds from it then has the very same;
     else leave it as it is. Returns whether it was written."""
+    from huggingface_hub.errors import StrictDataclassError
+
     model: Any = anatomy.model
     fields = fields_of(anatomy, kind)
     candidate = copy.deepcopy(model.config)
     try:
         write(candidate, fields)
+        candidate.validate()
         with torch.device("meta"):
             fresh = type(model)(candidate)
         adapt(fresh)
         same = shapes(Anatomy.of(fresh)) == shapes(anatomy) and same_parameters(fresh, model)
-    except (ValueError, RuntimeError, TypeError, AttributeError):  # sizes that the family cannot be built with
+    except (ValueError, RuntimeError, StrictDataclassError):  # sizes that the family is not made for
         return False
     if same:
         write(model.config, fields)

@@ -158,19 +158,21 @@ class Structured(Stage):
             return self._close_during_the_fit(model, context, found, choice)
         scores = measure(model, found, self.importance, self.calibration or ROWS, context)
         kept = [mask.nonzero().flatten().tolist() for mask in choice.draw(scores, 1.0)]
-        cut_all(context.anatomy, dict(zip(found, kept, strict=True)))
-        context.facts[f"kept_{self.kind}"] = told(found, kept)
-        return Effects()
+        return Effects(edits=[self._cut(context, found, kept)])
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        if self.schedule == "cubic":
-            found = units_of(context.anatomy, self.kind)
-            kept = take_gates(model, found)
-            cut_records(context, found, kept)
-            cut_all(context.anatomy, dict(zip(found, kept, strict=True)))
-            context.facts[f"kept_{self.kind}"] = told(found, kept)
-        in_config = tell_config(context.anatomy, self.kind)
-        return [CutUnits(kind=self.kind, kept=dict(context.facts[f"kept_{self.kind}"]), in_config=in_config)]
+        if self.schedule == "one_shot":
+            return []
+        found = units_of(context.anatomy, self.kind)
+        kept = take_gates(model, found)
+        cut_records(context, found, kept)
+        return [self._cut(context, found, kept)]
+
+    def _cut(self, context: Context, found: Sequence[Units], kept: Sequence[Sequence[int]]) -> Edit:
+        cut_all(context.anatomy, dict(zip(found, kept, strict=True)))
+        stayed = told(found, kept)
+        context.facts[f"kept_{self.kind}"] = stayed
+        return CutUnits(kind=self.kind, kept=stayed, in_config=tell_config(context.anatomy, self.kind))
 
     def _close_during_the_fit(self, model: nn.Module, context: Context, found: list[Units], choice: Choice) -> Effects:
         if not context.steps:
