@@ -206,7 +206,34 @@ def test_a_second_cut_counts_from_the_first(setting: Callable[..., Any]) -> None
     assert torch.equal(one.logits(), twin.logits())
 
 
-@pytest.mark.parametrize("kept", [{"nowhere": [0]}, {"*": [4]}, {"*": []}, {"*": "all"}, {"*": 0}])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "albert"])
+def test_whole_sublayers_may_go(setting: Callable[..., Any], family: str, kind: Any) -> None:
+    one, twin = wide(setting(family)), wide(setting(family))
+    kept = plan(one.model, kind)
+    for place in (next(iter(kept)), next(reversed(kept))):
+        kept[place] = []
+    CutUnits(kind=kind, kept=kept).apply(one.model)
+    masked(twin.model, kind, kept)
+    assert float((one.logits() - twin.logits()).abs().max()) < 1e-5
+    anatomy = Anatomy.of(one.model)
+    assert len(units_of(anatomy, kind)) == len(kept) - 2
+    assert all(linear.weight.numel() for linear in anatomy.linears().values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_generation_where_the_first_attention_is_gone(setting: Callable[..., Any], family: str) -> None:
+    one, twin = wide(setting(family, "causal_lm")), wide(setting(family, "causal_lm"))
+    kept = plan(one.model, "heads")
+    kept[next(iter(kept))] = []
+    CutUnits(kind="heads", kept=kept).apply(one.model)
+    masked(twin.model, "heads", kept)
+    ids = one.batch()["input_ids"][:, :6]
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(one.model.eval().generate(ids, **settings), twin.model.eval().generate(ids, **settings))
+
+
+@pytest.mark.parametrize("kept", [{"nowhere": [0]}, {"*": [4]}, {"*": "all"}, {"*": -1}])
 def test_an_edit_that_cannot_be(setting: Callable[..., Any], kept: dict[str, Any]) -> None:
     one = setting()
     place = units_of(Anatomy.of(one.model), "heads")[0].place

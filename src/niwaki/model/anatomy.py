@@ -210,7 +210,8 @@ class Anatomy:
                 if part in stack.optional and not holds(block, part):
                     continue
                 for inner, linear in block.get_submodule(part).named_modules():
-                    if isinstance(linear, nn.Linear) and id(linear.weight) not in tied:
+                    # nothing is left of a linear whose sublayer was cut out
+                    if isinstance(linear, nn.Linear) and linear.weight.numel() and id(linear.weight) not in tied:
                         yield ".".join(filter(None, (place, part, inner))), set(played.split()), linear
 
     def places(self, part: str) -> list[str]:

@@ -46,7 +46,7 @@ def indices(kept: int | Sequence[int]) -> list[int]:
 def check_kept(units: Units, kept: Any) -> None:
     """Raise ValueError unless this can be what stays of these units."""
     numbers = isinstance(kept, int) or (isinstance(kept, list) and all(isinstance(i, int) for i in kept))
-    if not numbers or not indices(kept) or not set(indices(kept)) <= set(range(units.count)):
+    if not numbers or not set(indices(kept)) <= set(range(units.count)) or (isinstance(kept, int) and kept < 0):
         raise ValueError(f"{units.place} has {units.count} {units.kind}, of which {kept} cannot stay")
 
 

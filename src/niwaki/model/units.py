@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,7 +73,8 @@ def spread(kept: Sequence[int], width: int, start: int) -> list[int]:
 
 
 def units_of(anatomy: Anatomy, kind: Kind) -> list[Units]:
-    """The units of every sublayer, in the order in which data flows; blocks that are used again and again count once.
+    """The units of every sublayer that has some left, in the order in which data flows; blocks that are used again and
+    again count once.
 
     Raises:
         ValueError: a sublayer is not built of units of one size.
@@ -87,7 +89,7 @@ def units_of(anatomy: Anatomy, kind: Kind) -> list[Units]:
             if heads is (kind == "heads") and block_name not in seen:
                 found.append(units_at(anatomy.model, block_name, stack, place, names))
         seen.add(block_name)
-    return found
+    return [units for units in found if units.count]
 
 
 def sublayers(stack: Stack, block: nn.Module) -> Iterator[list[str]]:
@@ -129,7 +131,7 @@ def heads_at(
         raise ValueError(f"{place} does not tell the size of its heads")
     queries = inputs // size
     keys = key_heads(model, parts, size, queries)
-    shares = {"query": queries // keys * size, "key": size, "value": size}
+    shares = {"query": queries // max(keys, 1) * size, "key": size, "value": size}
     rows = {name: tuple(shares[part] for part in played) for name, played in parts.items()}
     return Units("heads", place, keys, rows, output, end, shares["query"], size, stack)
 
@@ -138,7 +140,7 @@ def key_heads(model: nn.Module, parts: Mapping[str, list[str]], size: int, queri
     """How many heads keys and values have: as many as queries, or fewer under grouped-query attention."""
     alone = [name for name, played in parts.items() if played == ["key"]]
     keys = int(model.get_submodule(alone[0]).out_features) // size if alone else queries  # type: ignore[arg-type]
-    if not keys or queries % keys:
+    if queries % max(keys, 1) or (not keys and queries):
         raise ValueError(f"{alone[0]} has {keys} heads, which do not divide the {queries} of the queries")
     return keys
 
@@ -158,6 +160,9 @@ def cut(model: nn.Module, units: Units, kept: Sequence[int]) -> None:
     cut_linear(model.get_submodule(units.output), columns=units.column_indices(kept))
     if units.kind == "heads":
         recount(model.get_submodule(units.place), units, kept)
+    if units.kind == "heads" and not kept:
+        attention: Any = model.get_submodule(units.place)
+        attention.forward = Silent(attention, units)
 
 
 def cut_linear(linear: Any, *, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> None:
@@ -190,3 +195,29 @@ def recount(attention: Any, units: Units, kept: Sequence[int]) -> None:
     prefix = getattr(attention, PREFIX, None)
     if prefix is not None and len(prefix.key) == units.count:
         prefix.settle(*(taken(values, 0, kept) for values in (prefix.key, prefix.value)))
+
+
+class Silent:
+    """The forward pass of an attention without heads: what its output linear makes of nothing, which is its bias."""
+
+    def __init__(self, attention: nn.Module, units: Units) -> None:
+        self.attention = attention
+        self.entry = next(iter(units.rows)).removeprefix(f"{units.place}.")
+        inside = units.end.startswith(f"{units.place}.")
+        self.end = units.end.removeprefix(f"{units.place}.") if inside else ""
+        self.returns = 3 if "position_bias" in inspect.signature(type(attention).forward).parameters else 2
+
+    def __call__(self, *args: Any, **given: Any) -> tuple[Any, ...]:
+        hidden = args[0] if args else given["hidden_states"]
+        nothing = self.attention.get_submodule(self.entry)(hidden)  # (rows, tokens, 0)
+        if given.get("key_value_states") is None:
+            self._count(hidden, given.get("past_key_values"))
+        output = self.attention.get_submodule(self.end)(nothing) if self.end else nothing
+        return (output, *[None] * (self.returns - 1))
+
+    def _count(self, hidden: Tensor, cache: Any) -> None:
+        """Let a cache know how many tokens were read: some models ask the first layer."""
+        own = getattr(cache, "self_attention_cache", cache)
+        if own is not None:
+            marks = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
+            own.update(marks, marks, self.attention.layer_idx)

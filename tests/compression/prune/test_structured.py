@@ -126,7 +126,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(fields: dict
 
 
 def test_a_model_with_one_key_head_keeps_it() -> None:
-    with pytest.raises(ConfigError, match="leaves none of the 1 heads|has no effect on 1 heads"):
+    with pytest.raises(ConfigError, match="has no effect on 1 heads"):
         Heads().check(empty("llama", overrides={"num_key_value_heads": 1}), {})
 
 
