@@ -30,6 +30,8 @@ STEPS, STOP = 6, 3
 CONVERT_BOUND = 0.01  # as in tests/test_grid.py
 
 SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their defaults do, without "compression."
+    "prune/heads": ["heads.schedule=cubic", "heads.importance=taylor", "heads.interval=2", "heads.end=1.0"],
+    "prune/neurons": ["neurons.scope=global", "neurons.importance=activation"],
     "prune/vocabulary": ["vocabulary.alphabet=false"],  # the tokens of the tiny models are characters
 }
 REFUSED: dict[tuple[str, ...], str] = {  # (method, another method or tuning ...): what the refusal says

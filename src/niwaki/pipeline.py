@@ -151,5 +151,5 @@ def settle(recipe: Recipe, work: Work) -> None:
 def fold_and_convert(recipe: Recipe, work: Work) -> None:
     """Bake the chains, merge what is left of the adapters, and put real integers where there were grids."""
     work.context.records.update(fold(work.context.targets))
-    for stage in recipe.stages:
+    for stage in sorted(recipe.stages, key=lambda stage: stage.phase is not Phase.TUNE):  # shapes are cut of the sum
         work.edits += stage.finalize(work.model, work.context)

@@ -78,11 +78,11 @@ class Context:
 class Effects:
     """What a prepared stage adds to the fit."""
 
-    edits: list[Edit] = field(default_factory=list)  # made to the model already: what rebuilds them
     callbacks: list[pl.Callback] = field(default_factory=list)
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
     lr_factors: dict[str, float] = field(default_factory=dict)  # of the learning rate, by the name of a parameter
+    edits: list[Edit] = field(default_factory=list)  # what was done to the structure, below what comes after it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ class Stage(abc.ABC):
     phase: ClassVar[Phase]
     during_fit: ClassVar[bool] = True
     leaves_out_blocks: ClassVar[bool] = False  # as model.layers does
+    later: ClassVar[bool] = False  # within its phase, after those that are not: widths are cut in the blocks that stay
     paper: ClassVar[str]
 
     @property
@@ -113,7 +114,8 @@ class Stage(abc.ABC):
         return None
 
     def outline(self, model: nn.Module) -> None:
-        """Give an empty model the structure that `prepare` will, so that later methods are checked on it."""
+        """Give an empty model the structure that `prepare` will, as far as it is known: what later methods are checked
+        on."""
         return None
 
     @abc.abstractmethod
@@ -154,7 +156,7 @@ class Tuning(Stage):
 
 def ordered(stages: Iterable[Stage]) -> list[Stage]:
     """The stages in the order in which they act."""
-    return sorted(stages, key=lambda stage: (stage.phase, stage.name))
+    return sorted(stages, key=lambda stage: (stage.phase, stage.later, stage.name))
 
 
 def refuse_conflicts(stages: Sequence[Stage]) -> None:

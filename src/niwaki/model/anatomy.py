@@ -39,6 +39,8 @@ class Stack:
     cross_attention: str | None = None
     cross_norm: str | None = None
     count: str = "num_hidden_layers"  # the field of the config with the number of blocks
+    heads: str = "num_attention_heads"  # ... of query heads
+    neurons: str = "intermediate_size"  # ... of neurons of a feed-forward
     first: str | None = None  # why block 0 has to stay the first one
 
     def __post_init__(self) -> None:
@@ -76,6 +78,8 @@ class Family:
     positions: Callable[[Any], int | None] = table_of_positions  # config -> tokens that can be read at once
     fixed: Callable[[Any], str | None] = lambda config: None  # config -> why no block can be left out
     edits: Callable[[Any], list[Edit]] = lambda config: []  # config -> what a model is changed to when it is loaded
+    # (attention, the heads of the whole model that it still has): mends what else there is for each head
+    heads_cut: Callable[[nn.Module, Sequence[int]], None] = lambda attention, heads: None
     # By class of transformers: the weights that other models of the family store under another name (a pattern).
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -211,7 +215,8 @@ class Anatomy:
                 if part in stack.optional and not holds(block, part):
                     continue
                 for inner, linear in block.get_submodule(part).named_modules():
-                    if isinstance(linear, nn.Linear) and id(linear.weight) not in tied:
+                    # nothing is left of a linear whose sublayer was cut out
+                    if isinstance(linear, nn.Linear) and linear.weight.numel() and id(linear.weight) not in tied:
                         yield ".".join(filter(None, (place, part, inner))), set(played.split()), linear
 
     def places(self, part: str) -> list[str]:

@@ -128,8 +128,8 @@ def save_adapter(model: Any, folder: Path, adapter: str | None = None) -> None:
 
 
 def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of `state` is the base's, once, under the names and with the values that it has without the adapter; for a model
-    all of whose adapters can be put off."""
+    """What of `state` is the base's, once, under the names and with the values that it has without the adapter; for a
+    model all of whose adapters can be put off."""
     wrappers = {name for name, module in model.named_modules() if isinstance(module, Wrapper)}
     found, again = {}, repeats(model)
     for name, tensor in state.items():

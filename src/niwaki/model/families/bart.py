@@ -43,6 +43,8 @@ def edits(config: Any) -> list[Edit]:
 ENCODER = Stack(
     blocks="encoder.layers",
     count="encoder_layers",
+    heads="encoder_attention_heads",
+    neurons="encoder_ffn_dim",
     attention="self_attn",
     attention_norm="self_attn_layer_norm",
     feed_norm="final_layer_norm",
@@ -51,6 +53,8 @@ ENCODER = Stack(
 DECODER = Stack(
     blocks="decoder.layers",
     count="decoder_layers",
+    heads="decoder_attention_heads",
+    neurons="decoder_ffn_dim",
     attention="self_attn",
     attention_norm="self_attn_layer_norm",
     cross_attention="encoder_attn",

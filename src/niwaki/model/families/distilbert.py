@@ -7,6 +7,7 @@ FAMILY = Family(
         Stack(
             blocks="transformer.layer",
             count="n_layers",
+            neurons="hidden_dim",
             attention="attention",
             attention_norm="sa_layer_norm",
             feed_norm="output_layer_norm",

@@ -53,6 +53,7 @@ FAMILY = Family(
         Stack(
             blocks="h",
             count="n_layer",
+            neurons="n_inner",
             attention="attn",
             attention_norm="ln_1",
             feed_norm="ln_2",

@@ -1,0 +1,188 @@
+"""CoFi: structured pruning learned with the task (Xia, Zhong & Chen 2022, arXiv:2204.00408)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from niwaki.compression.prune.cofi_masks import (
+    MULTIPLIERS,
+    CoFiSchedule,
+    Multipliers,
+    SizePenalty,
+    add_masks,
+    last_step,
+    masks_of,
+    real_sparsity,
+    take_masks,
+)
+from niwaki.compression.prune.layer_match import PROJECTION, LayerMatch
+from niwaki.compression.prune.structured import Structured, cut_records, told
+from niwaki.edits import Edit
+from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.cut_units import CutUnits, cut_all, tell_config
+from niwaki.model.units import Kind, units_of
+from niwaki.stage import Context, Effects, Phase, Stage
+
+FIELD = "compression.cofi"
+KINDS: tuple[Kind, Kind] = ("heads", "neurons")
+MASKS = ("heads", "neurons", "attention", "feed_forward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoFi(Stage):
+    """MHA(X) = z_MHA sum_h z_h Att_h(X), FFN(X) = z_FFN f(X W_U) diag(z_int) W_D, each z hard concrete and learned.
+
+    The loss gains lambda_1 (s - t) + lambda_2 (s - t)^2, with s the expected sparsity of the weights that the masks
+    act on and t the target, `sparsity` from the fraction `warmup` of the fit on; the multipliers climb. At the
+    fraction `end` the masks settle: of each sublayer as many units close as are expected to, those of lowest log
+    alpha, and the others are open wholly. The rest of the fit learns with them, then what is closed is cut.
+
+    `masks`: what is masked: heads, neurons, and whole sublayers (attention, feed_forward). `lr_factor`: learning rate
+    of masks and multipliers over that of the rest (the paper's 0.01 over 2e-5). `teacher`: a hub name, a folder or an
+    artifact, for distillation of hidden states, weighed by `layer_weight`.
+    """
+
+    phase: ClassVar[Phase] = Phase.SHAPE
+    later: ClassVar[bool] = True
+    paper: ClassVar[str] = "Xia, Zhong & Chen 2022, arXiv:2204.00408; Louizos et al. 2018, arXiv:1712.01312"
+
+    sparsity: float = 0.5
+    masks: Sequence[str] = MASKS
+    warmup: float = 0.2
+    end: float = 0.6
+    lr_factor: float = 500.0
+    teacher: str | None = None
+    layer_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise ConfigError(f"{FIELD}.sparsity={self.sparsity}: needs a number above 0 and below 1")
+        if not self.masks or set(self.masks) - set(MASKS) or len(set(self.masks)) < len(self.masks):
+            raise ConfigError(f"{FIELD}.masks={list(self.masks)}: needs some of {', '.join(MASKS)}")
+        if not 0 <= self.warmup < self.end <= 1:
+            raise ConfigError(f"{FIELD}.warmup={self.warmup}, end={self.end}: needs 0 <= warmup < end <= 1")
+        if self.lr_factor <= 0:
+            raise ConfigError(f"{FIELD}.lr_factor={self.lr_factor}: needs a number above 0")
+        if self.layer_weight is not None and self.layer_weight <= 0:
+            raise ConfigError(f"{FIELD}.layer_weight={self.layer_weight}: needs null or a number above 0")
+        if self.layer_weight is not None and self.teacher is None:
+            raise ConfigError(f"{FIELD}.layer_weight={self.layer_weight}: has no effect without {FIELD}.teacher")
+
+    def teachers(self) -> dict[str, str]:
+        """The field that names the teacher, if there is one, and where it is."""
+        return {} if self.teacher is None else {f"{FIELD}.teacher": self.teacher}
+
+    def conflict(self, others: Sequence[Stage]) -> str | None:
+        for other in others:
+            if isinstance(other, Structured):
+                return f"{self.name} and {other.name}: each decides which {other.kind} stay; choose one"
+            grouped = getattr(other, "group", None) or getattr(other, "pattern", "unstructured") != "unstructured"
+            if grouped and other.phase.acts_on_weights:
+                return (
+                    f"{self.name} and {other.name} with groups along the input: how many inputs a linear will have is "
+                    "learned in the fit, and groups may not divide them; leave the groups out"
+                )
+            if getattr(other, "merge", None) is False:
+                return (
+                    f"{self.name} and tuning={other.name} with tuning.merge=false: the adapters beside the base would "
+                    "keep the shapes that are cut after the fit; set tuning.merge=true"
+                )
+            if other.phase is Phase.TUNE and other.name == "gradual":
+                return f"{self.name} and tuning=gradual: what is frozen at first would freeze the masks; use another"
+            if self.teacher is not None and other.name in ("prompt", "p_tuning"):
+                return f"{self.name} with a teacher and tuning={other.name}: the teacher has no virtual tokens to match"
+        return None
+
+    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
+        try:
+            found = [units for kind in KINDS for units in units_of(anatomy, kind)]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"compression: {self.name}: {error}, so they cannot be cut") from error
+        for units in found:
+            inside = units.stack.attention_norm.startswith(f"{units.stack.attention}.")
+            if "attention" in self.masks and inside and units.end.startswith(f"{units.place}."):
+                raise ConfigError(
+                    f"{FIELD}.masks={list(self.masks)}: an attention of this family holds its norm too, so none can be "
+                    "left out whole; leave out attention"
+                )
+
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        if not context.steps:
+            raise ConfigError(
+                f"compression: {self.name}: has no effect with trainer.max_epochs=0; masks learn in a fit"
+            )
+        found = [units for kind in KINDS for units in units_of(context.anatomy, kind)]
+        masks = add_masks(model, found, self.masks, context.seed)
+        multipliers = Multipliers(masks[0].open.device)
+        model.add_module(MULTIPLIERS, multipliers)
+        settles = last_step(self.end, context.steps)
+        penalty = SizePenalty(masks, multipliers, self.sparsity, round(self.warmup * context.steps))
+        learning = {id(p) for module in (*masks, multipliers) for p in module.parameters()}
+        effects = Effects(
+            terms={self.name: penalty}, settled=settles,
+            lr_factors={n: self.lr_factor for n, p in model.named_parameters() if id(p) in learning},
+        )  # fmt: skip
+        extra = self._distill(model, context, effects)
+        effects.callbacks.append(CoFiSchedule(model, penalty, extra, settles))
+        return effects
+
+    def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
+        masks = masks_of(model)
+        context.facts["cofi_sparsity"] = real_sparsity(masks)
+        stays = take_masks(model, masks)
+        delattr(model, MULTIPLIERS)
+        if hasattr(model, PROJECTION):
+            getattr(model, PROJECTION).match.remove()
+            delattr(model, PROJECTION)
+        return [self._cut(context, kind, stays) for kind in KINDS]
+
+    def _distill(self, model: nn.Module, context: Context, effects: Effects) -> list[nn.Module]:
+        """Add the teacher's term; what learns with it."""
+        if self.teacher is None:
+            return []
+        teacher = context.load_teacher(self.teacher, f"{FIELD}.teacher")
+        projection: Any = identity(width_of(context.anatomy), width_of(Anatomy.of(teacher)), context.seed)
+        model.add_module(PROJECTION, projection.to(next(model.parameters()).device))
+        stack = context.anatomy.stacks[0]
+        last = [mask for mask in masks_of(model) if mask.units.kind == "neurons" and mask.units.stack is stack]
+        weight = 1.0 if self.layer_weight is None else self.layer_weight
+        match = LayerMatch(model, teacher, projection, weight, lambda: [bool(mask.factors().any()) for mask in last])
+        projection.match = match
+        effects.terms[f"{self.name} layers"] = match
+        return [projection]
+
+    def _cut(self, context: Context, kind: Kind, stays: Mapping[str, list[int]]) -> Edit:
+        found = units_of(context.anatomy, kind)
+        kept = [stays.get(units.place, list(range(units.count))) for units in found]
+        cut_records(context, found, kept)
+        cut_all(context.anatomy, dict(zip(found, kept, strict=True)))
+        for name in [name for name, linear in context.targets.items() if not linear.weight.numel()]:
+            del context.targets[name]  # nothing is left that another method could convert
+        context.facts[f"kept_{kind}"] = told(found, kept)
+        in_config = tell_config(context.anatomy, kind)
+        return CutUnits(kind=kind, kept=dict(context.facts[f"kept_{kind}"]), in_config=in_config)
+
+
+def width_of(anatomy: Anatomy) -> int:
+    """What flows between the blocks of the first stack."""
+    output: Any = anatomy.model.get_submodule(anatomy.places("feed_out")[0])
+    return int(output.out_features)
+
+
+def identity(inputs: int, outputs: int, seed: int) -> nn.Linear:
+    """W_layer at the start: the identity between equal widths, else random."""
+    linear = nn.Linear(inputs, outputs, bias=False)
+    with torch.no_grad():
+        if inputs == outputs:
+            nn.init.eye_(linear.weight)
+        else:
+            linear.weight.copy_(
+                torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5
+            )
+    return linear
