@@ -160,4 +160,9 @@ class Scheduled(Pruning):
             dict(masks.values()), pattern=selection.pattern, fraction=given(self.fraction, 0.3), first=first, last=last,
             interval=self.span.interval,
         )  # fmt: skip
+        if not any(map(schedule.due, range(1, last))):
+            raise ConfigError(
+                f"{self.field}.interval={self.span.interval}: no connection would move in a fit of {context.steps} "
+                f"optimizer steps, from step {first} to before {last}; needs a smaller one"
+            )
         return Effects(callbacks=[schedule], settled=last)

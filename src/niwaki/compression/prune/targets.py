@@ -55,11 +55,21 @@ def chosen(
                 f"{next(iter(linears))}"
             )
     else:
-        absent = [part for part in targets if not set(anatomy.part_names([part])) & set(linears)]
+        playing = {part: players(part, anatomy, linears) for part in targets}
+        absent = [part for part, found in playing.items() if not found]
         if absent:
             raise ConfigError(f"{field}.targets={list(targets)}: this family of models has no {absent[0]}")
-        names = set(anatomy.part_names(targets))
+        names = set().union(*playing.values())
     return {name: linear for name, linear in linears.items() if name in names}
+
+
+def players(part: str, anatomy: Anatomy, linears: Iterable[str]) -> set[str]:
+    """Those of the names that play a part, or stand in the layer that does; adapters that came later change nothing."""
+    places = [
+        f"{place}.{name}" for place, stack, _ in anatomy.named_blocks() for name, played in stack.linears.items()
+        if part in played.split()
+    ]  # fmt: skip
+    return {linear for linear in linears for place in places if f"{linear}.".startswith(f"{place}.")}
 
 
 def read_map(path: str, field: str) -> dict[str, float]:
