@@ -59,11 +59,11 @@ class Scheduled(Pruning):
                     f"{self.field}.{name}: has no effect with schedule={self.schedule}; "
                     f"set {self.field}.schedule={other}"
                 )
-        self.span.check(self.field)
         if given(self.rounds, 1) < 1:
             raise ConfigError(f"{self.field}.rounds={self.rounds}: needs a whole number of at least 1")
         if not 0 < given(self.fraction, 0.3) <= 1:
             raise ConfigError(f"{self.field}.fraction={self.fraction}: needs a number above 0, up to 1")
+        self.span.check(self.field)
         self._check_regrowth()
 
     def _check_regrowth(self) -> None:
