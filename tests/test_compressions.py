@@ -33,6 +33,13 @@ SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their d
     "prune/heads": ["heads.schedule=cubic", "heads.importance=taylor", "heads.interval=2", "heads.end=1.0"],
     "prune/neurons": ["neurons.scope=global", "neurons.importance=activation"],
     "prune/vocabulary": ["vocabulary.alphabet=false"],  # the tokens of the tiny models are characters
+    "prune/magnitude": ["magnitude.schedule=rewind", "magnitude.rounds=2"],
+    "prune/random": ["random.schedule=rigl", "random.interval=2", "random.fraction=0.5"],
+    "prune/taylor": ["taylor.schedule=cubic", "taylor.interval=2", "taylor.end=0.9", "taylor.pattern=2x2"],
+    "prune/movement": ["movement.interval=2", "movement.targets=[query,feed_in,feed_out]"],
+    "prune/soft_movement": ["soft_movement.penalty=0.1", "soft_movement.threshold=0.45"],
+    "prune/wanda": ["wanda.rows=9", "wanda.sparsity=0.3"],
+    "prune/sparsegpt": ["sparsegpt.rows=9", "sparsegpt.pattern='2:4'"],
 }
 REFUSED: dict[tuple[str, ...], str] = {  # (method, another method or tuning ...): what the refusal says
     # Those of an untied model: tests/compression/share/test_embeddings.py

@@ -49,6 +49,30 @@ FITS = {
         "optimizer=schedule_free", "schedule=constant", "optimizer.lr=0.01", "tuning=gradual", "tuning.every=0.2",
     ),
 }  # fmt: skip
+FITS |= {  # with masks that have a state of their own, stopped between two of them
+    "rigl": (
+        "optimizer.lr=0.01", "compression=[prune/random]", "compression.random.schedule=rigl",
+        "compression.random.interval=4", "compression.random.fraction=0.5",
+    ),
+    "rewind": (
+        "optimizer.lr=0.01", "schedule=constant", "compression=[prune/magnitude]",
+        "compression.magnitude.schedule=rewind", "compression.magnitude.begin=0.1",
+    ),
+    "taylor": (
+        "optimizer.lr=0.01", "compression=[prune/taylor]", "compression.taylor.schedule=cubic",
+        "compression.taylor.end=0.9", "compression.taylor.interval=4",
+    ),
+    "taylor+rewind+lora": (
+        "optimizer.lr=0.01", "tuning=lora", "compression=[prune/taylor]", "compression.taylor.schedule=rewind",
+        "compression.taylor.rounds=2", "trainer.accumulate=2",
+    ),
+    "movement": ("optimizer.lr=0.001", "compression=[prune/movement]", "compression.movement.interval=2"),
+    "soft_movement": (
+        "optimizer.lr=0.001", "compression=[prune/soft_movement]", "compression.soft_movement.penalty=1.0",
+        "compression.soft_movement.interval=2",
+    ),
+    "sparsegpt": ("optimizer.lr=0.01", "compression=[prune/sparsegpt]", "compression.sparsegpt.rows=8"),
+}  # fmt: skip
 MOMENTS = [("on_train_batch_start", 3), ("on_validation_batch_start", 7), ("on_validation_end", 7)]
 
 

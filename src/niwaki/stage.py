@@ -142,6 +142,9 @@ class Tuning(Stage):
 
     phase: ClassVar[Phase] = Phase.TUNE
     may_be_averaged: ClassVar[bool] = True  # whether an average of what learns along the fit is a model of this kind
+    additive: ClassVar[bool] = (
+        True  # whether its link adds to the base weight, so that a change below it is one above it
+    )
 
     def grow(self, model: nn.Module, anatomy: Anatomy) -> list[Edit]:
         """Add the layers that stay in the saved model, and return the edits that rebuild them. Called before the

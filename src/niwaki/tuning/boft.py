@@ -29,6 +29,7 @@ class BOFT(PeftTuning):
     """
 
     paper: ClassVar[str] = "Liu et al. 2023, arXiv:2311.06243"
+    additive: ClassVar[bool] = False
 
     block: int = 4
     factors: int = 2

@@ -22,6 +22,7 @@ class DoRA(PeftTuning):
     """
 
     paper: ClassVar[str] = "Liu et al. 2024, arXiv:2402.09353"
+    additive: ClassVar[bool] = False
 
     rank: int = 16
     alpha: float = 32.0

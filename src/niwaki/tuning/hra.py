@@ -20,6 +20,7 @@ class HRA(PeftTuning):
     """W H_1 ... H_rank, H_i = I - 2 u_i u_i^T / ||u_i||^2; at the start u_1 = u_2, u_3 = u_4 ..., so H is I."""
 
     paper: ClassVar[str] = "Yuan et al. 2024, arXiv:2405.17484"
+    additive: ClassVar[bool] = False
 
     rank: int = 8
 

@@ -38,6 +38,7 @@ class IA3(PeftTuning):
     """
 
     paper: ClassVar[str] = "Liu et al. 2022, arXiv:2205.05638"
+    additive: ClassVar[bool] = False
 
     parts: Sequence[str] = ("key", "value", "feed_out")
 

@@ -25,6 +25,7 @@ class OFT(PeftTuning):
     """
 
     paper: ClassVar[str] = "Qiu et al. 2023, arXiv:2306.07280"
+    additive: ClassVar[bool] = False
 
     block: int = 32
     share_blocks: bool = False

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from niwaki.compression.prune.mask import Mask, MaskSchedule, Pattern, cubic, keep_largest, mask_targets
+from niwaki.compression.prune.mask import Mask, MaskSchedule, cubic, mask_targets
+from niwaki.compression.prune.pattern import Pattern, Scope, Selection, keep_largest
 from niwaki.errors import ConfigError
 
 
@@ -109,11 +110,11 @@ def test_cubic_reaches_the_end_however_short_the_fit(steps: int, begin: float, e
     assert at(max(round(end * steps), 1)) == 0.9
 
 
-def schedule_of(linears: list[nn.Linear], **settings: Any) -> MaskSchedule:
+def schedule_of(linears: list[nn.Linear], scope: Scope = "layer", **settings: Any) -> MaskSchedule:
     masks = mask_targets({str(i): linear for i, linear in enumerate(linears)}, Mask)
     plain: dict[str, Any] = {
-        "score": torch.abs, "pattern": Pattern(), "together": False, "sparsity_at": lambda step: 0.5,
-        "last_step": 0, "interval": 1,
+        "score": lambda weight, mask: weight.abs(), "progress": lambda step: 1.0, "last_step": 0, "interval": 1,
+        "selection": Selection(Pattern(), scope, dict.fromkeys(masks.values(), 0.5)),
     }  # fmt: skip
     return MaskSchedule(masks, **(plain | settings))
 
@@ -133,7 +134,7 @@ def test_by_layer_each_gives_its_share() -> None:
 
 
 def test_together_the_smallest_of_all_go() -> None:
-    schedule = schedule_of(linears := two_linears(), together=True)
+    schedule = schedule_of(linears := two_linears(), scope="global")
     schedule.draw(0)
     assert linears[0].weight.tolist() == [[0.0, 0.0]]
     assert linears[1].weight.tolist() == [[-3.0, 4.0], [0.0, -5.0]]

@@ -1,18 +1,23 @@
-"""Masks as links of the weight chain: what is kept, drawn from scores by a pattern, on a schedule."""
+"""Masks as links of the weight chain: what is kept, drawn from scores on a schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from niwaki.errors import ConfigError
+from niwaki.compression.prune.pattern import Pattern, Selection, keep_largest
 from niwaki.stage import Phase
 from niwaki.weights import Link, entering, stack
+
+__all__ = ["Mask", "MaskSchedule", "Pattern", "add_to_base", "cubic", "keep_largest", "mask_targets"]
+
+Watcher = Callable[[Tensor, Tensor], None]
+"""(gradient of the masked weight, weight that enters the mask), both (out, in) and dense."""
 
 
 class Mask(Link):
@@ -24,73 +29,48 @@ class Mask(Link):
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=device))
+        self.watcher: Watcher | None = None  # is shown the dense gradient, where a schedule or a score asks for it
 
     def forward(self, weight: Tensor) -> Tensor:
         # bytes convert to floats several times faster than booleans do
-        return weight * self.mask.view(torch.uint8).to(weight.dtype)
+        return self.watched(weight * self.mask.view(torch.uint8).to(weight.dtype), weight)
+
+    def watched(self, kept: Tensor, weight: Tensor) -> Tensor:
+        """`kept`, the masked weight, with its gradient shown to the watcher; a frozen one has a gradient for that."""
+        if self.watcher is None or not torch.is_grad_enabled():
+            return kept
+        kept = kept if kept.requires_grad else kept.requires_grad_()
+        kept.register_hook(partial(show, self.watcher, weight.detach()))
+        return kept
+
+    def take(self, kept: Tensor) -> None:
+        """Make `kept` (out, in) the mask."""
+        self.mask.copy_(kept)
 
     def record(self, weight: Tensor) -> dict[str, Tensor]:
         return {"mask": self.mask.clone()}
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Where zeros may stand: anywhere (group 0), or all but `keep` of every `group` neighbours along the input."""
-
-    keep: int = 0
-    group: int = 0
-
-    @classmethod
-    def parse(cls, text: str, field: str = "pattern") -> Pattern:
-        """`unstructured` or `N:M`.
-
-        Raises:
-            ConfigError: neither, or not 0 < N < M.
-        """
-        if text == "unstructured":
-            return cls()
-        keep, colon, group = str(text).partition(":")
-        if not colon or not keep.isdigit() or not group.isdigit() or not 0 < int(keep) < int(group):
-            raise ConfigError(f"{field}={text!r}: needs unstructured, or N:M with N below M, such as '2:4'")
-        return cls(int(keep), int(group))
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of zeros that an N:M pattern makes; 0 without one."""
-        return 1 - self.keep / self.group if self.group else 0.0
-
-    def draw(self, scores: Tensor, sparsity: float) -> Tensor:
-        """The mask (same shape, booleans) that drops the lowest scores.
-
-        Unstructured: exactly round(sparsity * n) of the n scores. N:M: the lowest ceil-free share of every group,
-        floor(sparsity * M) of M, so that the pattern is whole when the sparsity has reached 1 - N/M.
-        """
-        if not self.group:
-            return keep_largest(scores.flatten()[None], round(sparsity * scores.numel())).view(scores.shape)
-        drop = int(sparsity * self.group + 1e-6)
-        return keep_largest(scores.reshape(-1, self.group), drop).view(scores.shape)
+def show(watcher: Watcher, weight: Tensor, gradient: Tensor) -> None:
+    """A backward hook's business, which may not return anything."""
+    watcher(gradient, weight)
 
 
-def keep_largest(scores: Tensor, drop: int) -> Tensor:
-    """Per row of `scores` (rows, n): False at exactly the `drop` lowest, the first ones among equals. (rows, n)."""
-    if not drop:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(drop, dim=1, keepdim=True).values  # several times faster than topk of half a matrix
-    low = scores <= threshold
-    surplus = low.sum(1, keepdim=True) - drop
-    if surplus.any():  # equals of the threshold: only as many of them go as are needed
-        equal = scores == threshold
-        low &= ~(equal & (equal.cumsum(1) > equal.sum(1, keepdim=True) - surplus))
-    return ~low
-
-
-def mask_targets(targets: Mapping[str, nn.Linear], kind: type[Mask]) -> dict[nn.Linear, Mask]:
-    """Stack a mask of ones on every target."""
+def mask_targets(targets: Mapping[str, nn.Linear], kind: type[Mask]) -> dict[nn.Linear, Any]:
+    """Stack a mask of ones, of this kind, on every target."""
     masks = {}
     for linear in targets.values():
         masks[linear] = kind(linear.weight.shape, linear.weight.device)
         stack(linear, masks[linear])
     return masks
+
+
+def add_to_base(linear: nn.Linear, change: Tensor) -> None:
+    """w <- w + change (out, in) on the base weight, whether it learns or not; below an additive delta the sum changes
+    by as much."""
+    chains: Any = linear.parametrizations
+    with torch.no_grad():
+        chains["weight"].original.add_(change)
 
 
 def cubic(final: float, begin: float, end: float, steps: int) -> Callable[[int], float]:
@@ -114,18 +94,16 @@ class MaskSchedule(pl.Callback):
         self,
         masks: Mapping[nn.Linear, Mask],
         *,
-        score: Callable[[Tensor], Tensor],
-        pattern: Pattern,
-        together: bool,
-        sparsity_at: Callable[[int], float],
+        score: Callable[[Tensor, Any], Tensor],
+        selection: Selection,
+        progress: Callable[[int], float],
         last_step: int,
         interval: int,
     ) -> None:
         self.masks = masks
-        self.score = score
-        self.pattern = pattern
-        self.together = together
-        self.sparsity_at = sparsity_at
+        self.score = score  # (weight that enters, its mask) -> (out, in)
+        self.selection = selection
+        self.progress = progress  # optimizer step -> share of the final sparsity
         self.last_step = last_step
         self.interval = interval
         self._drawn = -1
@@ -133,16 +111,8 @@ class MaskSchedule(pl.Callback):
     def draw(self, step: int) -> None:
         """Set every mask for this optimizer step."""
         self._drawn = step
-        sparsity = self.sparsity_at(step)
-        scores = {mask: self.score(entering(linear, mask)) for linear, mask in self.masks.items()}
-        if self.together:
-            kept = self.pattern.draw(torch.cat([s.flatten() for s in scores.values()]), sparsity)
-            parts = kept.split([s.numel() for s in scores.values()])
-            drawn = {m: part.view(s.shape) for (m, s), part in zip(scores.items(), parts, strict=True)}
-        else:
-            drawn = {mask: self.pattern.draw(s, sparsity) for mask, s in scores.items()}
-        for mask, new in drawn.items():
-            mask.mask.copy_(new)
+        scores = {mask: self.score(entering(linear, mask), mask) for linear, mask in self.masks.items()}
+        self.selection.draw(scores, self.progress(step))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step

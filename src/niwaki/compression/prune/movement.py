@@ -1,0 +1,107 @@
+"""Movement pruning: scores learn which weights move away from zero (Sanh et al. 2020, arXiv:2005.07683)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.compression.prune.mask import Mask, MaskSchedule, cubic
+from niwaki.compression.prune.pattern import Scope
+from niwaki.compression.prune.pruning import Pruning, Span
+from niwaki.errors import ConfigError
+from niwaki.stage import Context, Effects
+
+
+class StraightThrough(torch.autograd.Function):
+    """w * m(S): the gradient of w is masked, that of S is gradient * w, as if m were S itself."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        return weight * mask.view(torch.uint8).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        weight, mask = ctx.saved_tensors
+        gradient = gradients[0]
+        return gradient * mask if ctx.needs_input_grad[0] else None, (gradient * weight).flatten(), None
+
+
+class ScoredMask(Mask):
+    """A mask with scores that learn: a vector of out * in numbers, since weight decay spares vectors, as the paper's
+    code spares the scores."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        super().__init__(shape, device)
+        self.scores = nn.Parameter(torch.zeros(shape.numel(), device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return StraightThrough.apply(weight, self.scores, self.mask)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The scores as they lie over the weight, (out, in), without gradient."""
+        return self.scores.detach().view(self.mask.shape)
+
+
+def check_factor(factor: float, field: str) -> None:
+    """Raise ConfigError for a factor of the learning rate that is none."""
+    if not factor > 0:
+        raise ConfigError(f"{field}.lr_factor={factor}: needs a number above 0")
+
+
+def score_rates(model: nn.Module, factor: float) -> dict[str, float]:
+    """The factor for the scores of every mask, by the name of the parameter."""
+    masks = ((name, module) for name, module in model.named_modules() if isinstance(module, ScoredMask))
+    return {f"{name}.scores": factor for name, _ in masks}
+
+
+def refuse_without_fit(context: Context, field: str) -> None:
+    """Raise ConfigError where there is nothing that scores could learn from."""
+    if not context.steps:
+        raise ConfigError(f"{field}: its scores are learned, which needs a fit; use another score with max_epochs=0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Movement(Pruning):
+    """Scores S, from 0, get the gradient dL/dS = dL/dW' * W of the masked weight W' (straight through the mask), so
+    that S = -lr * sum(W * dL/dW'): what moves away from zero stays. The highest of each linear, of each row, or of all
+    linears together are kept, drawn anew every `interval` optimizer steps to the end of the fit.
+
+    Their share falls on the cubic schedule: all until `begin`, 1 - sparsity from `end` (both fractions of the fit).
+    The scores have `lr_factor` times the learning rate and no weight decay.
+    """
+
+    paper: ClassVar[str] = "Sanh et al. 2020, arXiv:2005.07683"
+    kind: ClassVar[type[Mask]] = ScoredMask
+
+    scope: Scope = "layer"
+    begin: float = 0.1
+    end: float = 0.8
+    interval: int = 1
+    lr_factor: float = 200.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_scope(self.scope, ("layer", "row", "global"))
+        self.span.check(self.field)
+        check_factor(self.lr_factor, self.field)
+
+    @property
+    def span(self) -> Span:
+        """Of the schedule."""
+        return Span(begin=self.begin, end=self.end, interval=self.interval)
+
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        refuse_without_fit(context, self.field)
+        masks = self.masks(context)
+        schedule = MaskSchedule(
+            dict(masks.values()), score=lambda weight, mask: mask.matrix, selection=self.selection(masks, self.scope),
+            progress=cubic(1.0, self.begin, self.end, context.steps), last_step=context.steps, interval=self.interval,
+        )  # fmt: skip
+        schedule.draw(0)
+        _, settled = self.span.steps(context.steps)
+        return Effects([schedule], settled=settled, lr_factors=score_rates(model, self.lr_factor))
