@@ -37,6 +37,7 @@ class Work:
 
     def add(self, effects: Effects) -> None:
         """Take in what a prepared stage adds."""
+        self.edits += effects.edits
         self.callbacks += effects.callbacks
         self.terms |= effects.terms
         self.settled = max(self.settled, effects.settled)

@@ -66,6 +66,9 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
         work.add(stage.prepare(model, context))
     work.edits += recipe.tuning.grow(model, context.anatomy)
     context.targets.update(context.anatomy.linears())
+    for stage in recipe.stages:  # again: a shape may have been read from the weights
+        if stage.phase.acts_on_weights:
+            stage.check(context.anatomy, context.targets)
     work.add(recipe.tuning.prepare(model, context))
     stack(recipe, work, during_fit=True)
     for stage in of_phase(recipe, Phase.OBJECTIVE):
@@ -81,6 +84,7 @@ def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> None:
     recipe.task.check(anatomy)
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
+        stage.outline(anatomy.model)
 
 
 def check_teachers(recipe: Recipe, corpus: Corpus) -> None:

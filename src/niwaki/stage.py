@@ -75,6 +75,7 @@ class Context:
 class Effects:
     """What a prepared stage adds to the fit."""
 
+    edits: list[Edit] = field(default_factory=list)  # made to the model already: what rebuilds them
     callbacks: list[pl.Callback] = field(default_factory=list)
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
@@ -105,6 +106,10 @@ class Stage(abc.ABC):
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         """Raise ConfigError where this method cannot act on such a model; called on an empty model of the
         right shapes (meta device), before any weight is loaded."""
+        return None
+
+    def outline(self, model: nn.Module) -> None:
+        """Give an empty model the structure that `prepare` will, so that later methods are checked on it."""
         return None
 
     @abc.abstractmethod
