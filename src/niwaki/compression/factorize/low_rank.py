@@ -25,7 +25,7 @@ class LowRankLinear(nn.Module):
         self.out_features = out_features
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=False)
-        self.up.bias = bias
+        self.up.bias = bias  # type: ignore[assignment]
 
     @property
     def bias(self) -> Any:

@@ -95,7 +95,7 @@ class SVD(Stage):
         given = [name for name in ("rank", "ratio", "energy") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(
-                f"{FIELD}.{given[1]}={getattr(self, given[1])}: has no effect beside {FIELD}.{given[0]}; set one of them"
+                f"{FIELD}.{given[1]}={getattr(self, given[1])}: has no effect beside {FIELD}.{given[0]}; set one"
             )
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"{FIELD}.rank={self.rank}: needs null or a whole number of at least 1")

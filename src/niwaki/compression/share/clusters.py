@@ -18,19 +18,45 @@ def cluster(values: Tensor, valid: Tensor, count: int, start: str, seed: int) ->
     found = valid.sum(1, keepdim=True)
     ordered = torch.where(found > 0, ordered, ordered.new_zeros(()))
     found = found.clamp(min=1)
-    centroids = STARTS[start](ordered, found, count, seed)
-    return lloyd(ordered, found, centroids).to(values.dtype)
+    centroids = lloyd(ordered, found, STARTS[start](ordered, found, count, seed))
+    for _ in range(count):
+        moved = refilled(ordered, found, centroids)
+        if moved is None:
+            break
+        centroids = lloyd(ordered, found, moved)
+    return centroids.to(values.dtype)
+
+
+def refilled(ordered: Tensor, found: Tensor, centroids: Tensor) -> Tensor | None:
+    """The centroids with those of empty clusters where elements are farthest from their own (as in scikit-learn): a
+    linear start leaves several empty in the gap that pruning makes around zero. None where no move would help."""
+    bounds = bounds_of(ordered, found, centroids)
+    empty = bounds.diff(dim=1) == 0
+    places = torch.searchsorted(between(centroids), ordered.clamp(max=torch.finfo(ordered.dtype).max))
+    distances = (ordered - centroids.gather(1, places)).abs().masked_fill(ordered.isinf(), 0.0)
+    most = min(centroids.shape[1], ordered.shape[1])
+    far = distances.topk(most, dim=1)
+    rank = empty.cumsum(1) - 1  # the first empty cluster takes the farthest element, and so on
+    chosen = rank.clamp(min=0, max=most - 1)
+    helps = empty & (far.values.gather(1, chosen) > 0) & (rank < most)
+    if not helps.any():
+        return None
+    return torch.where(helps, ordered.gather(1, far.indices.gather(1, chosen)), centroids).sort(dim=1).values
+
+
+def bounds_of(ordered: Tensor, found: Tensor, centroids: Tensor) -> Tensor:
+    """Where among the ordered elements each cluster begins, and the last one ends. (rows, count + 1)."""
+    inner = torch.searchsorted(ordered, between(centroids), right=True).minimum(found)
+    return torch.cat([torch.zeros_like(found), inner, found], dim=1)
 
 
 def lloyd(ordered: Tensor, found: Tensor, centroids: Tensor, iterations: int = 300) -> Tensor:
     """Rising centroids (rows, count) moved to the means of their clusters until no element changes its cluster.
     `ordered` (rows, n) rises, and only its first `found` (rows, 1) elements count; an empty cluster stays."""
     sums = torch.nn.functional.pad(ordered.masked_fill(ordered.isinf(), 0.0).cumsum(1), (1, 0))
-    first, last = torch.zeros_like(found), found
     bounds = None
     for _ in range(iterations):
-        inner = torch.searchsorted(ordered, between(centroids), right=True).minimum(found)
-        moved = torch.cat([first, inner, last], dim=1)
+        moved = bounds_of(ordered, found, centroids)
         if bounds is not None and torch.equal(moved, bounds):
             break
         bounds = moved

@@ -23,30 +23,37 @@ FIELD = "compression.codebook"
 
 
 class Shared(torch.autograd.Function):
-    """(weight, centroids, indices, mask) -> the centroid of each weight, 0 where the mask (if any) is not set.
+    """(weight, centroids, indices, mask, sizes) -> the centroid of each weight, 0 where the mask (if any) is not set.
 
-    The gradient of a centroid is the sum of those of its weights (equation 3 of the paper). What lies below gets each
-    weight's own, straight through, as if nothing were shared: adapters and scores of masks learn from it.
+    The gradient of a centroid is the sum of those of its weights (equation 3 of the paper). Where centroids follow the
+    means of their clusters, of these `sizes`, each weight of a cluster gets the mean of their gradients, as is true of
+    a mean; else, and where the mask is not set, each gets its own, straight through, as if nothing were shared.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, centroids: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(indices, mask)
+    def forward(
+        ctx: Any, weight: Tensor, centroids: Tensor, indices: Tensor, mask: Tensor | None, sizes: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(indices, mask, sizes)
         ctx.shape = centroids.shape
         shared = look_up(centroids, indices)
         return shared if mask is None else shared.masked_fill_(~mask, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        indices, mask = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        indices, mask, sizes = ctx.saved_tensors
         (gradient,) = gradients
-        if not ctx.needs_input_grad[1]:
-            return gradient, None, None, None
+        if sizes is None and not ctx.needs_input_grad[1]:
+            return gradient, None, None, None, None
         own = gradient if mask is None else gradient.masked_fill(~mask, 0.0)
-        return gradient, cluster_sums(own, indices, ctx.shape).to(gradient.dtype), None, None
+        sums = cluster_sums(own, indices, ctx.shape)
+        if sizes is not None:
+            alike = look_up((sums / sizes).to(gradient.dtype), indices)
+            gradient = alike if mask is None else torch.where(mask, alike, gradient)
+        return gradient, sums.to(own.dtype), None, None, None
 
 
-def cluster_sums(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+def cluster_sums(values: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     """The sum of the values of each cluster, in double precision. (out, in) twice -> `shape`, (tables, 2^bits)."""
     sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
     found = places(sums, indices)
@@ -80,24 +87,29 @@ class Codebook(Link):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.is_drawn:
             return weight
-        return Shared.apply(weight, self.centroids(weight), self.indices, self.mask_of(weight))
+        mask = self.mask_of(weight)
+        sizes = self.sizes(weight) if self.follows else None
+        return Shared.apply(weight, self.centroids(weight, sizes), self.indices, mask, sizes)
 
     def mask_of(self, weight: Tensor) -> Tensor | None:
         """Where a weight is kept; None where none is pruned."""
         return weight.detach() != 0 if self.pruned else None
 
-    def centroids(self, weight: Tensor) -> Tensor:
+    def sizes(self, weight: Tensor) -> Tensor:
+        """How many weights each cluster has, 1 for none. (tables, 2^bits), double."""
+        mask = self.mask_of(weight)
+        members = torch.ones_like(weight) if mask is None else mask
+        return cluster_sums(members, self.indices, self.base.shape).clamp(min=1)
+
+    def centroids(self, weight: Tensor, sizes: Tensor | None = None) -> Tensor:
         """The values that the weights share, (tables, 2^bits); `weight` is what enters the link."""
         centroids = self.base + self.shift.view_as(self.base)
-        return centroids + self.means(weight.detach()) if self.follows else centroids
+        return centroids + self.means(weight, sizes) if self.follows else centroids
 
-    def means(self, weight: Tensor) -> Tensor:
-        """The mean of each cluster, 0 of one that is empty. (tables, 2^bits)."""
-        mask = self.mask_of(weight)
-        counted = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
-        shape = (self.base.shape[0], self.base.shape[1])
-        sums = cluster_sums(weight, self.indices, shape)
-        return (sums / cluster_sums(counted, self.indices, shape).clamp(min=1)).to(weight.dtype)
+    def means(self, weight: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """The mean of each cluster, 0 of one that is empty, without a gradient. (tables, 2^bits)."""
+        sums = cluster_sums(weight.detach(), self.indices, self.base.shape)
+        return (sums / (self.sizes(weight) if sizes is None else sizes)).to(weight.dtype)
 
     def draw(self, weight: Tensor, start: str, seed: int) -> None:
         """Find the clusters of `weight` anew; what the centroids have learned stays on top."""
@@ -153,7 +165,8 @@ class CodebookSchedule(pl.Callback):
         """Stop the base weights of drawn codebooks from learning what nothing reads."""
         for linear, book in self.books.items():
             if book.is_drawn and not self.reassign:
-                linear.parametrizations["weight"].original.requires_grad_(False)  # type: ignore[index, union-attr]
+                chain: Any = linear.parametrizations["weight"]  # type: ignore[index]
+                chain.original.requires_grad_(False)
 
     def on_train_start(self, *_: Any) -> None:
         self._rest()
@@ -182,9 +195,12 @@ class CodebookSharing(Stage):
 
     `bits`: 2^bits centroids, and the bits of a stored index. `rows`: output rows that share a table; null for one table
     per layer. `start`: where k-means begins. `begin`: when the clusters are drawn, as a fraction of the fit; 0 before
-    it, 1 after it, and then nothing is trained. The centroids learn wherever the weight or a delta below would. With
-    `reassign`, W itself learns on, straight through, and every so many optimizer steps each weight takes the centroid
-    that is nearest to it; without it W rests, as in the paper.
+    it, 1 after it, and then nothing is trained. Below a schedule of masks it is best where that ends.
+
+    The centroids learn wherever the weight or a delta below would. A delta (LoRA) moves each by the mean of what it
+    does to the weights of the cluster, and its gradient is that of the mean. With `reassign`, W itself learns on,
+    straight through, and every so many optimizer steps each weight takes the centroid that is nearest to it; without
+    it W rests, as in the paper.
     """
 
     phase: ClassVar[Phase] = Phase.SHARE
@@ -262,7 +278,8 @@ class CodebookSharing(Stage):
         """A codebook on top of the chain of a linear; what learned below it, or what of it still does, decides whether
         the centroids learn."""
         below = {link.phase for link in links(linear)}
-        weight: Any = linear.parametrizations["weight"].original if below else linear.weight  # type: ignore[index]
+        chains: Any = linear.parametrizations if below else None
+        weight: Any = chains["weight"].original if below else linear.weight
         delta = Phase.TUNE in below
         book = Codebook(
             weight.shape, bits=self.bits, rows=self.rows, pruned=Phase.PRUNE in below, follows=delta

@@ -14,7 +14,8 @@ GAP_BITS = 5  # of the distance from one kept weight to the next, as in the pape
 
 def code_lengths(frequencies: Sequence[int]) -> list[int]:
     """Bits of the codeword of each symbol, 0 for a symbol that never occurs; one that stands alone takes 1 bit."""
-    heap = [(frequency, symbol, (symbol,)) for symbol, frequency in enumerate(frequencies) if frequency]
+    present = [(count, symbol) for symbol, count in enumerate(frequencies) if count]
+    heap: list[tuple[int, int, tuple[int, ...]]] = [(count, symbol, (symbol,)) for count, symbol in present]
     lengths = [0] * len(frequencies)
     if len(heap) == 1:
         lengths[heap[0][1]] = 1
