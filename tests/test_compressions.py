@@ -29,7 +29,10 @@ MODELS = {"causal_lm": "tiny-llama"}  # else tiny-bert
 STEPS, STOP = 6, 3
 CONVERT_BOUND = 0.01  # as in tests/test_grid.py
 
-SETTINGS: dict[str, list[str]] = {}  # of the methods that show more than their defaults do, without "compression."
+SETTINGS: dict[str, list[str]] = {
+    "factorize/svd": ["svd.activation_aware=true", "svd.rows=8"],
+    "share/codebook": ["codebook.begin=0.34", "codebook.reassign=1"],  # drawn before the middle, assigned after it
+}  # of the methods that show more than their defaults do, without "compression."
 REFUSED: dict[tuple[str, ...], str] = {}  # (method, another method or tuning ...): what the refusal says
 
 CHECK_IN_A_FRESH_PROCESS = """
