@@ -40,6 +40,8 @@ SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their d
     "prune/soft_movement": ["soft_movement.penalty=0.1", "soft_movement.threshold=0.45"],
     "prune/wanda": ["wanda.rows=9", "wanda.sparsity=0.3"],
     "prune/sparsegpt": ["sparsegpt.rows=9", "sparsegpt.pattern='2:4'"],
+    "factorize/svd": ["svd.activation_aware=true", "svd.rows=8"],
+    "share/codebook": ["codebook.begin=0.34", "codebook.reassign=1"],  # drawn before the middle, assigned after it
 }
 REFUSED: dict[tuple[str, ...], str] = {  # (method, another method or tuning ...): what the refusal says
     # Those of an untied model: tests/compression/share/test_embeddings.py

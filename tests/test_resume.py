@@ -39,6 +39,14 @@ FITS = {
     "rates": ("optimizer.lr=0.01", "optimizer.layer_decay=0.5", "optimizer.lr_by_part={head: 0.02, norms: 0.005}"),
     "ema": ("optimizer.lr=0.01", "callbacks=[checkpoint,ema]", "callbacks.ema.begin=0.2"),
     "ema+pruned": ("optimizer.lr=0.01", "callbacks=[ema,checkpoint]", *PRUNED),
+    "codebook+ema": (
+        "optimizer.lr=0.01", "callbacks=[checkpoint,ema]", "callbacks.ema.begin=0.2",
+        "compression=[share/codebook]", "compression.codebook.begin=0.3",
+    ),
+    "codebook+lora": (
+        "optimizer.lr=0.01", "tuning=lora", "compression=[prune/magnitude,share/codebook]",
+        "compression.codebook.begin=0.6", "compression.codebook.reassign=2",
+    ),
     "swa": ("optimizer.lr=0.01", "callbacks=[checkpoint,swa]", "callbacks.swa.begin=0.3", "callbacks.swa.every=2"),
     "gradual": ("optimizer.lr=0.01", "tuning=gradual", "tuning.every=0.2"),
     "gradual+ema": (

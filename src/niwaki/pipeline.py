@@ -75,6 +75,9 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
         work.add(stage.prepare(model, context))
     work.edits += recipe.tuning.grow(model, context.anatomy)
     context.targets.update(context.anatomy.linears())
+    for stage in recipe.stages:  # again: a shape may have been read from the weights
+        if stage.phase.acts_on_weights:
+            stage.check(context.anatomy, context.targets)
     work.add(recipe.tuning.prepare(model, context))
     stack(recipe, work, during_fit=True)
     for stage in of_phase(recipe, Phase.OBJECTIVE):

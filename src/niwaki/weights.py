@@ -6,7 +6,7 @@ W_effective = quantize( share( prune( W + delta_tuning ) ) )
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -110,11 +110,19 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
                 setattr(module, name, new)
 
 
+def packed(model: nn.Module, name: str = "") -> Iterator[tuple[str, Packed]]:
+    """Every packed linear with its name; not what one is made of."""
+    if isinstance(model, Packed):
+        yield name, model
+        return
+    for child, module in model.named_children():
+        yield from packed(module, f"{name}.{child}" if name else child)
+
+
 def to_dense(model: nn.Module) -> None:
     """Put a dense linear with the same weight where a packed one stands."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Packed):
-            linear = module.dense(module.in_features, module.out_features, bias=False)
-            linear.weight = nn.Parameter(module.dequantized())
-            linear.bias = module.bias  # type: ignore[assignment]
-            replace_module(model, name, linear)
+    for name, module in list(packed(model)):
+        linear = module.dense(module.in_features, module.out_features, bias=False)
+        linear.weight = nn.Parameter(module.dequantized())
+        linear.bias = module.bias  # type: ignore[assignment]
+        replace_module(model, name, linear)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.weights import Packed
+from niwaki.weights import Packed, packed
 
 
 def unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -24,9 +24,8 @@ def unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 def values(model: nn.Module) -> Iterator[Tensor]:
     """Every weight and bias once: tied tensors count once, codes as the weights that they are, scales not at all."""
     yield from unique(p.detach() for p in model.parameters())
-    for module in model.modules():
-        if isinstance(module, Packed):
-            yield module.dequantized()
+    for _, module in packed(model):
+        yield module.dequantized()
 
 
 def count(model: nn.Module) -> dict[str, int]:
@@ -49,12 +48,12 @@ def target_table(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
     for name in names:
         module: Any = model.get_submodule(name)
         module = getattr(module, "base_layer", module)  # below an adapter
-        packed = isinstance(module, Packed)
-        weight: Any = module.dequantized() if packed else module.weight.detach()
+        is_packed = isinstance(module, Packed)
+        weight: Any = module.dequantized() if is_packed else module.weight.detach()
         table[name] = {
             "parameters": weight.numel(),
             "sparsity": 1 - int(torch.count_nonzero(weight)) / weight.numel(),
-            "bits": module.bits if packed else weight.element_size() * 8,
+            "bits": module.bits if is_packed else weight.element_size() * 8,
         }
     return table
 

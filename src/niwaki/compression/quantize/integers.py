@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from niwaki import packing
 from niwaki.edits import Edit
 from niwaki.stage import Context, Phase
-from niwaki.weights import Link, replace_module, stack
+from niwaki.weights import Link, Packed, replace_module, stack
 
 
 def largest_code(bits: int) -> int:
@@ -99,24 +99,19 @@ def to_integers(
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 codes to a stream of `bits` each, offset by q to be unsigned. uint8, ceil(n * bits / 8) long."""
-    unsigned = (codes.flatten().to(torch.int16) + largest_code(bits)).numpy().astype(numpy.uint8)
-    planes = numpy.unpackbits(unsigned[:, None], axis=1)[:, 8 - bits :]
-    return torch.from_numpy(numpy.packbits(planes.ravel()))
+    return packing.pack(codes.to(torch.int16) + largest_code(bits), bits)
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     """The int8 codes that `pack` was given, (out, in)."""
-    count = shape[0] * shape[1]
-    planes = numpy.unpackbits(packed.cpu().numpy(), count=count * bits).reshape(count, bits)
-    padded = numpy.zeros((count, 8), dtype=numpy.uint8)
-    padded[:, 8 - bits :] = planes
-    unsigned = torch.from_numpy(numpy.packbits(padded, axis=1).ravel())
+    unsigned = packing.unpack(packed, bits, shape[0] * shape[1])
     return (unsigned.to(torch.int16) - largest_code(bits)).to(torch.int8).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UseIntegers(Edit):
-    """Linears become IntegerLinears of one layout."""
+    """Linears become IntegerLinears of one layout. One that is stored in another way already (shared values) stays
+    stored so, and its codes are made when they are needed."""
 
     carried: ClassVar[bool] = False  # another training starts from dense weights
 
@@ -131,8 +126,9 @@ class UseIntegers(Edit):
             integer = IntegerLinear(
                 linear.in_features, linear.out_features, bits=self.bits, group=self.group,
                 activation_bits=self.activation_bits, bias=linear.bias,
+                shared=linear if isinstance(linear, Packed) else None,
             )  # fmt: skip
-            integer.dense = type(linear)
+            integer.dense = getattr(linear, "dense", type(linear))
             replace_module(model, name, integer)
 
 
@@ -141,7 +137,7 @@ class IntegerLinear(nn.Module):
 
     `codes`: int8 (out, in) for 8 bits, else a uint8 stream with nothing between the codes. `scale`: (out, groups).
     With one scale per channel and rounded activations the product runs on integers (int32 accumulation); otherwise
-    on the dequantized weight.
+    on the dequantized weight. `shared`, in place of `codes`, holds the values that the codes are rounded from.
     """
 
     codes: Tensor
@@ -151,7 +147,7 @@ class IntegerLinear(nn.Module):
 
     def __init__(
         self, in_features: int, out_features: int, *, bits: int, group: int | None,
-        activation_bits: int | None, bias: nn.Parameter | None,
+        activation_bits: int | None, bias: nn.Parameter | None, shared: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features = in_features
@@ -161,24 +157,33 @@ class IntegerLinear(nn.Module):
         self.activation_bits = activation_bits
         self.bias = bias
         shape = (out_features, in_features) if bits == 8 else (-(-out_features * in_features * bits // 8),)
-        self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8 if bits == 8 else torch.uint8))
+        self.shared = shared
+        if shared is None:
+            self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8 if bits == 8 else torch.uint8))
+        else:
+            shared.bias = None  # or it would be stored twice
         self.register_buffer("scale", torch.ones(out_features, in_features // group if group else 1))
         self._operand: Tensor | None = None
 
     @property
     def runs_on_integers(self) -> bool:
         """Whether the product is an integer one, rather than one of the dequantized weight."""
-        return bool(self.activation_bits) and not self.group and self.codes.device.type == "cpu"
+        return bool(self.activation_bits) and not self.group and self.scale.device.type == "cpu"
 
     def store(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes (out, in) int8 and scales (out, groups)."""
-        device = self.codes.device
-        self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.bits)).to(device)
+        device = self.scale.device
         self.scale = scale.to(device)
         self._operand = None
+        if self.shared is None:
+            self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.bits)).to(device)
+        assert torch.equal(self.integers(), codes.to(device)), "the codes are not those of the shared values"
 
     def integers(self) -> Tensor:
         """The codes, (out, in) int8."""
+        if self.shared is not None:
+            grouped = self.shared.dequantized().view(self.out_features, self.scale.shape[1], -1)
+            return (grouped / self.scale[:, :, None]).round_().to(torch.int8).view(self.out_features, -1)
         if self.bits == 8:
             return self.codes
         return unpack(self.codes, self.bits, (self.out_features, self.in_features)).to(self.codes.device)
