@@ -310,13 +310,13 @@ def test_verify_shows_what_the_artifact_holds(niwaki, run):
 def test_verify_finds_an_altered_file(refused, run, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(run / "model", copy)
-    weights = copy / artifact.WEIGHTS
+    weights = artifact.weights_of(copy)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "model.safetensors was altered" in refused("verify", copy)
+    assert "compact.safetensors was altered" in refused("verify", copy)
     weights.write_bytes(content[:-1])
-    assert "model.safetensors is truncated" in refused("verify", copy)
+    assert "compact.safetensors is truncated" in refused("verify", copy)
 
 
 def test_list_prints_the_catalogue(niwaki, refused):

@@ -134,6 +134,19 @@ def verify(place: Place) -> None:
         print(f"{name:<11} {value}")
 
 
+@app.command()
+def unpack(
+    place: Place,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+) -> None:
+    """Write an artifact as dense weights that from_pretrained reads; inputs are no longer rounded."""
+    quiet()
+    from niwaki import plain
+    from niwaki.inference import find_artifact
+
+    print(plain.unpack(find_artifact(place), folder))
+
+
 @app.command("add-adapter")
 def add_adapter(
     place: Place,

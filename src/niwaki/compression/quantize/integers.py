@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from niwaki import storage
 from niwaki.edits import Edit
 from niwaki.stage import Context, Phase
 from niwaki.weights import Link, replace_module, stack
@@ -99,18 +99,13 @@ def to_integers(
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 codes to a stream of `bits` each, offset by q to be unsigned. uint8, ceil(n * bits / 8) long."""
-    unsigned = (codes.flatten().to(torch.int16) + largest_code(bits)).numpy().astype(numpy.uint8)
-    planes = numpy.unpackbits(unsigned[:, None], axis=1)[:, 8 - bits :]
-    return torch.from_numpy(numpy.packbits(planes.ravel()))
+    unsigned = (codes.flatten().to(torch.int16) + largest_code(bits)).numpy()
+    return torch.from_numpy(storage.pack(unsigned, bits))
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     """The int8 codes that `pack` was given, (out, in)."""
-    count = shape[0] * shape[1]
-    planes = numpy.unpackbits(packed.cpu().numpy(), count=count * bits).reshape(count, bits)
-    padded = numpy.zeros((count, 8), dtype=numpy.uint8)
-    padded[:, 8 - bits :] = planes
-    unsigned = torch.from_numpy(numpy.packbits(padded, axis=1).ravel())
+    unsigned = torch.from_numpy(storage.unpack(packed.cpu().numpy(), bits, shape[0] * shape[1]))
     return (unsigned.to(torch.int16) - largest_code(bits)).to(torch.int8).view(shape)
 
 
