@@ -94,6 +94,9 @@ class Recipe:
                 f"{averaged[0]} and tuning={self.tuning.name}: what the tuning dropped would come back in the average; "
                 "leave one out"
             )
+        reasons = [reason for stage in self.stages if (reason := stage.needs_fit())]
+        if reasons and not self.trainer.max_epochs:
+            raise ConfigError(reasons[0])
         if averaging and not self.trainer.max_epochs:
             raise ConfigError(
                 f"{averaging[0]} and trainer.max_epochs=0: there is no fit to average over; leave one out"

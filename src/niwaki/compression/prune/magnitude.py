@@ -79,6 +79,11 @@ class Magnitude(Stage):
         """The fraction of zeros that is aimed at."""
         return Pattern.parse(self.pattern).sparsity or self.sparsity or 0.5
 
+    def needs_fit(self) -> str | None:
+        if self.schedule == "one_shot":
+            return None
+        return "compression.magnitude.schedule=cubic: needs a fit; use one_shot with trainer.max_epochs=0"
+
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         group = Pattern.parse(self.pattern).group
         for name, linear in targets.items():
@@ -91,10 +96,6 @@ class Magnitude(Stage):
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         begin, end, interval = self.span
         gradual = self.schedule == "cubic"
-        if gradual and not context.steps:
-            raise ConfigError(
-                "compression.magnitude.schedule=cubic: needs a fit; use one_shot with trainer.max_epochs=0"
-            )
         schedule = MaskSchedule(
             mask_targets(context.targets, Mask),
             score=magnitude,
