@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from niwaki import artifact
+from niwaki import artifact, storage
+from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.quantize.integers import IntegerLinear, UseIntegers
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ArtifactError
@@ -105,6 +106,133 @@ def test_integers_are_integers_on_disk(setting: Callable[..., Any], tmp_path: Pa
     assert {tensor.dtype for tensor in codes.values()} == {torch.uint8}
     assert sum(tensor.numel() for tensor in codes.values()) == weights * 3 // 8
     assert sum(stored[n.replace("codes", "scale")].numel() for n in codes) == weights // 8
+
+
+def pruned(one: Any, pattern: str, bits: int | None = None) -> tuple[dict[str, Any], list[Any]]:
+    """The model with masked weights, as integers where `bits` are given; its first config, and the edits."""
+    base_config, context, stages = (
+        one.model.config.to_dict(),
+        one.context(),
+        [Magnitude(pattern=pattern, sparsity=None)],
+    )
+    if bits:
+        stages.append(QAT(bits=bits))  # type: ignore[arg-type]
+    for stage in stages:
+        stage.prepare(one.model, context)
+    context.records.update(fold(context.targets))
+    return base_config, [edit for stage in stages for edit in stage.finalize(one.model, context)]
+
+
+def stored(one: Any, folder: Path, made: tuple[dict[str, Any], list[Any]], store: Any = "auto") -> Path:
+    base_config, edits = made
+    artifact.save(
+        folder, model=one.model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+        base_config=base_config, edits=edits, store=store,
+    )  # fmt: skip
+    return folder
+
+
+def same_bits(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both have the same state, bit for bit."""
+    states = [{n: t.reshape(-1).view(torch.uint8) for n, t in m.state_dict().items()} for m in (one, other)]
+    return states[0].keys() == states[1].keys() and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4, 3])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:8"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_zeros_are_not_stored(
+    setting: Callable[..., Any], tmp_path: Path, family: str, pattern: str, bits: int | None
+) -> None:
+    """The file of each kind: by the bits that the weights of the blocks need, the rest being dense."""
+    wide = {"hidden_size": 128, "intermediate_size": 256} | ({"head_dim": 32} if family == "llama" else {})
+    one = setting(family, overrides=wide)
+    with torch.no_grad():
+        for parameter in one.model.parameters():  # biases begin as zeros
+            parameter.normal_(std=0.1)
+    made = pruned(one, pattern, bits)
+    folder = stored(one, tmp_path / "auto", made)
+    dense = stored(one, tmp_path / "dense", made, "dense")
+    assert {path.name for path in folder.glob("*.safetensors")} == {artifact.COMPACT}
+    assert {path.name for path in dense.glob("*.safetensors")} == {artifact.WEIGHTS}
+    for place in (folder, dense):
+        assert same_bits(artifact.load(place).model, one.model)
+    state = artifact.unique_tensors(one.model)
+    kind, suffix = (IntegerLinear, "codes") if bits else (nn.Linear, "weight")
+    names = [name for name, module in one.model.named_modules() if isinstance(module, kind) and "layer" in name]
+    assert len(names) == {"bert": 18, "llama": 21}[family]
+    needed = 0.0
+    for name in names:
+        state.pop(f"{name}.{suffix}")
+        module: Any = one.model.get_submodule(name)
+        weight = module.dequantized() if bits else module.weight
+        mask = weight.numel() + int(weight.count_nonzero()) * (bits or 32)
+        places = weight.numel() / 8 * ((bits or 32) + 3)  # 3 bits of place, and a value that may have become zero
+        needed += min(mask, places if pattern == "1:8" else mask) / 8
+    sizes = [artifact.weight_bytes(place) - header(place) for place in (folder, dense)]
+    assert sizes[0] == pytest.approx(storage.size(state) + needed, abs=2 * len(names))
+    assert sizes[0] < sizes[1]
+
+
+def header(folder: Path) -> int:
+    """Bytes of a safetensors file in front of its tensors."""
+    with next(folder.glob("*.safetensors")).open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_zeros_of_a_model_that_lies_transposed_in_its_file(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting("gpt2", "causal_lm")
+    folder = stored(one, tmp_path / "model", pruned(one, "1:8"))
+    assert (folder / artifact.COMPACT).is_file()
+    assert same_bits(artifact.load(folder).model, one.model)
+
+
+def test_a_file_that_is_hardly_smaller_stays_readable(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    with torch.no_grad():
+        one.model.bert.encoder.layer[0].output.dense.weight[:, :60] = 0
+    folder = stored(one, tmp_path / "model", (one.model.config.to_dict(), []))
+    assert {path.name for path in folder.glob("*.safetensors")} == {artifact.WEIGHTS}
+    transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_from_pretrained_refuses_what_it_cannot_read(setting: Callable[..., Any], tmp_path: Path) -> None:
+    """Rather than make random what it does not find."""
+    one = setting()
+    folder = stored(one, tmp_path / "model", pruned(one, "1:8"))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_compact_artifact_as_the_start_of_another_training(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    folder = stored(one, tmp_path / "model", pruned(one, "1:8"))
+    again = Pretrained(name=str(folder)).load(one.task, one.labels, seed=5)
+    assert same_bits(again, one.model)
+
+
+def test_a_base_with_an_adapter_beside_it_stays_dense(setting: Callable[..., Any], tmp_path: Path) -> None:
+    """PEFT puts the adapter on what from_pretrained reads."""
+    from niwaki.tuning.lora import LoRA
+
+    one, tuning = setting(), LoRA(rank=2, merge=False)
+    pruned(one, "1:8")
+    context, base_config = one.context(), one.model.config.to_dict()
+    tuning.prepare(one.model, context)
+    folder = stored(one, tmp_path / "model", (base_config, tuning.finalize(one.model, context)))
+    assert {path.name for path in folder.glob("*.safetensors")} == {artifact.WEIGHTS}
+    transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [artifact.WEIGHTS, artifact.COMPACT])
+def test_two_files_of_weights_are_refused(setting: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    one = setting()
+    folder = stored(one, tmp_path / "model", pruned(one, "1:8"), "dense" if name == artifact.COMPACT else "auto")
+    shutil.copy(next(folder.glob("*.safetensors")), folder / name)
+    refused(folder, name, "is not listed")
+    card = json.loads((folder / "niwaki.json").read_text())
+    change_card(folder, files=card["files"] | {name: artifact.stamp(folder / name)})
+    refused(folder, "another file of weights beside it")
 
 
 def test_as_the_start_of_another_training(setting: Callable[..., Any], tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_help_names_the_commands_without_heavy_imports():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "HEAVY []" in said.stdout
-    for name in ("evaluate", "predict", "list", "report", "verify", "add-adapter"):
+    for name in ("evaluate", "predict", "list", "report", "verify", "add-adapter", "unpack", "sensitivity"):
         assert f"\n  {name} " in said.stdout
 
 
@@ -310,13 +310,13 @@ def test_verify_shows_what_the_artifact_holds(niwaki, run):
 def test_verify_finds_an_altered_file(refused, run, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(run / "model", copy)
-    weights = copy / artifact.WEIGHTS
+    weights = artifact.weights_of(copy)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "model.safetensors was altered" in refused("verify", copy)
+    assert "compact.safetensors was altered" in refused("verify", copy)
     weights.write_bytes(content[:-1])
-    assert "model.safetensors is truncated" in refused("verify", copy)
+    assert "compact.safetensors is truncated" in refused("verify", copy)
 
 
 def test_list_prints_the_catalogue(niwaki, refused):
@@ -350,3 +350,126 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     assert child.stderr.read() == b""
     child.stderr.close()
     assert child.wait() == 1
+
+
+@pytest.fixture
+def measured(niwaki, run, tmp_path):
+    """`measured(*arguments)`: the folder with what `niwaki sensitivity` wrote, and its lines on stderr."""
+
+    def call(*arguments, place=run, output=tmp_path / "out"):
+        code, out, err = niwaki("sensitivity", place, *arguments, "--output", output)
+        assert (code, out) == (0, f"{output}\n"), err
+        return output, err.splitlines()
+
+    return call
+
+
+def test_sensitivity_measures_each_linear_alone(measured, run):
+    """Each number again, by a plain loop."""
+    import torch
+
+    from niwaki.inference import WholeFile, scores
+
+    file = run.parent / "rows.jsonl"
+    folder, said = measured(file, "--sparsities", "0.6,0.95", "--target", "0.8")
+    names = {"measured.json", "sensitivity.json", "sensitivity.md", "sensitivity.png", "sparsity-0.8.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    facts = json.loads((folder / "sensitivity.json").read_text())
+    assert len(facts["units"]) == 18
+    assert len(said) == 36
+    name = "bert.encoder.layer.2.output.dense"
+    saved = artifact.load(run / "model")
+    source = WholeFile(train=str(file))
+    assert facts["base"] == pytest.approx(scores(saved, source)[0]["accuracy"])
+    weight = saved.model.get_submodule(name).weight.data
+    for sparsity in (0.6, 0.95):
+        weight[weight.abs() <= weight.abs().flatten().kthvalue(round(sparsity * weight.numel())).values] = 0
+        assert torch.count_nonzero(weight) == weight.numel() - round(sparsity * weight.numel())
+        found = facts["units"][name]["scores"][str(sparsity)]
+        assert found == pytest.approx(scores(saved, source)[0]["accuracy"])
+    assert {score for unit in facts["units"].values() for score in unit["scores"].values()} != {facts["base"]}
+    text = (folder / "sensitivity.md").read_text()
+    assert f"| `{name}` | 2,048 |" in text
+    assert "80% in all" in text
+
+
+def test_sensitivity_maps_add_up_to_their_target(measured, run):
+    from niwaki.model.anatomy import Anatomy
+
+    folder, _ = measured("--unit", "block", "--target", "0.7", "--limit", "12")
+    found = json.loads((folder / "sparsity-0.7.json").read_text())
+    linears = Anatomy.of(artifact.load(run / "model").model).linears()
+    assert set(found["sparsity"]) == set(linears)
+    removed = sum(found["sparsity"][name] * linear.weight.numel() for name, linear in linears.items())
+    whole = sum(linear.weight.numel() for linear in linears.values())
+    assert round(removed) == round(0.7 * whole)
+    assert found["overall"] == pytest.approx(0.7, abs=1 / whole)
+    assert set(found["scores"]) == {"map", "uniform"}
+
+
+def test_sensitivity_takes_over_what_it_measured(measured, run):
+    file = run.parent / "rows.jsonl"
+    folder, said = measured(file, "--unit", "part", "--sparsities", "0.5")
+    assert len(said) == 6
+    first = json.loads((folder / "sensitivity.json").read_text())
+    _, said = measured(file, "--unit", "part", "--sparsities", "0.5,0.9")
+    assert len(said) == 6
+    second = json.loads((folder / "sensitivity.json").read_text())
+    assert all(second["units"][u]["scores"]["0.5"] == one["scores"]["0.5"] for u, one in first["units"].items())
+    _, said = measured(file, "--unit", "part", "--sparsities", "0.5", "--limit", "10")  # other rows
+    assert len(said) == 6
+
+
+def test_sensitivity_of_other_tasks(measured, tagger, writer, tmp_path):
+    for place, metric in ((tagger, "f1"), (writer, "perplexity")):
+        output = tmp_path / metric
+        measured("--unit", "block", "--sparsities", "0.9", "--target", "0.4", place=place, output=output)
+        facts = json.loads((output / "sensitivity.json").read_text())
+        assert (facts["metric"], len(facts["units"])) == (metric, 3)
+        assert facts["mode"] == ("max" if metric == "f1" else "min")
+
+
+def test_sensitivity_of_an_adapter_beside_its_base(measured, beside):
+    folder, said = measured("--unit", "block", "--sparsities", "0.9", place=beside[0])
+    assert len(said) == 3
+    facts = json.loads((folder / "sensitivity.json").read_text())
+    assert list(facts["units"]) == [f"bert.encoder.layer.{i}" for i in range(3)]
+
+
+def test_sensitivity_refuses(refused, run, tmp_path, monkeypatch, niwaki):
+    file = run.parent / "rows.jsonl"
+    assert "needs the folder of a run or its model/" in refused("sensitivity", tmp_path, file)
+    assert "needs a file with labelled rows, or the folder" in refused("sensitivity", run / "model")
+    unlabelled = write(tmp_path / "plain.jsonl", [{"text": "a"}])
+    assert "label" in refused("sensitivity", run, unlabelled)
+    strange = write(tmp_path / "strange.jsonl", [{"text": "a", "label": "bird"}])
+    assert "'bird' is none of the 2" in refused("sensitivity", run, strange)
+    assert "none.jsonl" in refused("sensitivity", run, tmp_path / "none.jsonl")
+    assert "--sparsities 1.5: needs" in refused("sensitivity", run, file, "--sparsities", "0.5,1.5")
+    assert "--sparsities half: needs" in refused("sensitivity", run, file, "--sparsities", "half")
+    assert "--target 0.95: needs" in refused("sensitivity", run, file, "--target", "0.95")
+    assert "is in the artifact" in refused("sensitivity", run, file, "--output", run / "model" / "x")
+    assert "--column: names a column" in refused("sensitivity", run, "--column", "text=a")
+    assert not (run / "sensitivity").exists()
+
+
+def test_sensitivity_that_is_stopped_says_how_to_go_on(niwaki, run, tmp_path, monkeypatch):
+    from niwaki.measure import sensitivity
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity, "measure", stop)
+    code, out, err = niwaki("sensitivity", run, "--output", tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert "the same command goes on" in err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_unpack_writes_what_from_pretrained_reads(niwaki, refused, run, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    code, out, _ = niwaki("unpack", run, tmp_path / "plain")
+    assert (code, out) == (0, f"{tmp_path / 'plain'}\n")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert "exists already" in refused("unpack", run, tmp_path / "plain")

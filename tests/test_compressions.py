@@ -151,7 +151,7 @@ def run_one(task: str, tuning: str, chosen: tuple[str, ...], folder: Path, path:
     assert float((converted - stacked).abs().max()) <= (CONVERT_BOUND if "quantize/qat" in chosen else 1e-5)
     artifact.save(
         folder / "model", model=work.model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
-        base_config=work.base_config, edits=work.edits,
+        base_config=work.base_config, edits=work.edits, store="auto",
     )  # fmt: skip
     torch.save({"inputs": inputs, "logits": converted}, folder / "expected.pt")
     return folder / "model"

@@ -335,7 +335,7 @@ def test_a_run_leaves_what_it_promises(rows: Path, tmp_path: Path) -> None:
     assert metrics["compression"] == ["prune/magnitude", "quantize/qat"]
     assert metrics["parity"] == 0.0
     assert set(metrics["before"]) == set(metrics["after"])
-    assert metrics["after"]["bytes"] == (folder / "model" / "model.safetensors").stat().st_size
+    assert metrics["after"]["bytes"] == (folder / "model" / "compact.safetensors").stat().st_size
     assert metrics["after"]["bytes"] < metrics["before"]["bytes"]
     assert all(t["sparsity"] >= 0.5 and t["bits"] == 8 for t in metrics["targets"].values())
     assert yaml.safe_load((folder / "config.yaml").read_text())["tuning"]["rank"] == 16

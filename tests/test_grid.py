@@ -133,7 +133,7 @@ def load(recipe: Any) -> tuple[Corpus, Any]:
 def save(folder: Path, recipe: Any, corpus: Corpus, work: Any) -> None:
     artifact.save(
         folder, model=work.model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
-        base_config=work.base_config, edits=work.edits,
+        base_config=work.base_config, edits=work.edits, store="auto",
     )  # fmt: skip
 
 

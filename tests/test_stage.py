@@ -2,6 +2,7 @@
 
 import pytest
 
+from niwaki import compose
 from niwaki.compression.distill.logits import Logits
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.quantize.int8 import Int8
@@ -47,3 +48,24 @@ def test_methods_that_stand_in_each_other_s_way(stages: list[Stage], said: str) 
 
 def test_one_of_each_goes_together() -> None:
     refuse_conflicts([Logits(teacher="a"), QAT(), Sharing(), Magnitude()])
+
+
+NEED_A_FIT = {
+    "tuning=adalora": "tuning=adalora: needs a fit to learn its ranks from",
+    "tuning=gradual": "tuning=gradual: needs a fit",
+    "compression=[prune/magnitude] compression.magnitude.schedule=cubic": "schedule=cubic: needs a fit; use one_shot",
+    "compression=[distill/logits] compression.logits.teacher=some/model": "compression.logits: has no effect with",
+}
+
+
+@pytest.mark.parametrize(("chosen", "reason"), NEED_A_FIT.items())
+def test_what_needs_a_fit_is_refused_by_the_recipe(chosen: str, reason: str) -> None:
+    """Before data are read or weights are loaded."""
+    compose.build(compose.compose(chosen.split()).config)
+    with pytest.raises(ConfigError, match=reason):
+        compose.build(compose.compose([*chosen.split(), "trainer.max_epochs=0"]).config)
+
+
+def test_what_needs_no_fit_is_taken_without_one() -> None:
+    chosen = ["compression=[prune/magnitude,quantize/int8]", "tuning=lora", "trainer.max_epochs=0"]
+    compose.build(compose.compose(chosen).config)

@@ -225,3 +225,16 @@ def test_replace_module_at_any_depth() -> None:
     assert model[0][0] is new
     assert model[1] is new
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def test_a_masked_negative_weight_is_a_plain_zero(setting: Callable[..., Any]) -> None:
+    """-1 x 0 is -0.0, which a file without zeros would have to hold as a value."""
+    one = setting()
+    context = one.context()
+    Magnitude().prepare(one.model, context)
+    linear = next(iter(context.targets.values()))
+    masked = linear.weight.detach()
+    assert bool((torch.signbit(masked) & (masked == 0)).any())
+    fold(context.targets)
+    assert torch.equal(linear.weight, masked)
+    assert not bool((torch.signbit(linear.weight) & (linear.weight == 0)).any())

@@ -1,7 +1,9 @@
-"""The artifact: what a run leaves for use. A folder with `niwaki.json`, `model.safetensors`, config and tokenizer.
+"""The artifact: what a run leaves for use. A folder with `niwaki.json`, weights, config and tokenizer.
 
-`niwaki.json` holds the task, the labels, the config that the model started from, the ordered edits that made its
-structure, and a checksum of every other file. Nothing in it is executable, and no pickle is read.
+The weights are in `model.safetensors`, or in `compact.safetensors` where tensors are stored without their zeros: under
+another name, since `from_pretrained` would take what it cannot read for missing and make it random. `niwaki.json` holds
+the task, the labels, the config that the model started from, the ordered edits that made its structure, and a checksum
+of every other file. Nothing in it is executable, and no pickle is read.
 """
 
 from __future__ import annotations
@@ -12,21 +14,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from niwaki import __version__
+from niwaki import __version__, storage
 from niwaki.edits import Edit, from_json
 from niwaki.errors import ArtifactError, UserError
 from niwaki.naming import is_plain
+from niwaki.weights import Packed
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
 
 SCHEMA = 1
 WEIGHTS = "model.safetensors"
+COMPACT = "compact.safetensors"  # the same tensors, some of them without their zeros
+LEAST_SAVED = 0.1  # of the bytes, for a file that `from_pretrained` could read otherwise
 CARD = "niwaki.json"
 FIELDS = {"task": str, "task_settings": dict, "labels": list, "base_config": dict, "edits": list}
 
@@ -53,10 +58,10 @@ def is_artifact(place: str | Path) -> bool:
 def save(
     folder: Path, *, model: Any, tokenizer: Any, task: Task, labels: Sequence[str],
     base_config: dict[str, Any], edits: Sequence[Edit], columns: Sequence[str] = (),
+    store: Literal["auto", "dense"] = "dense",
 ) -> None:  # fmt: skip
-    """Write the artifact; `folder` appears whole or not at all. `columns`: those of the rows that it was trained on."""
-    from safetensors.torch import save_file
-
+    """Write the artifact; `folder` appears whole or not at all. `columns`: those of the rows that it was trained on.
+    `store=auto` leaves zeros out of the file where that makes it smaller."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,11 +69,9 @@ def save(
         state = unique_tensors(model)
         for edit in reversed(edits):
             state = edit.set_aside(model, state, partial)
-        save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
-        model.config.save_pretrained(partial)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        beside = any(partial.iterdir())  # what other programs put on the base, which they read too
+        write_weights(model, state, partial, "dense" if beside else store)
+        save_settings(model, tokenizer, partial)
         card = {
             "schema": SCHEMA,
             "niwaki": __version__,
@@ -99,7 +102,6 @@ def load(folder: str | Path, *, base_alone: bool = False) -> Artifact:
     Raises:
         ArtifactError: missing, truncated or altered files, or a card that does not fit the weights.
     """
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     folder = Path(folder)
@@ -107,7 +109,7 @@ def load(folder: str | Path, *, base_alone: bool = False) -> Artifact:
     task = task_of(card)
     edits = tuple(from_json(record) for record in card["edits"])
     model = rebuild(card["base_config"], edits, task, folder)
-    fill(model, load_file(folder / WEIGHTS), folder)
+    fill(model, storage.read(weights_of(folder)), folder)
     for edit in () if base_alone else edits:
         edit.complete(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -117,6 +119,41 @@ def load(folder: str | Path, *, base_alone: bool = False) -> Artifact:
         folder, model.eval(), tokenizer, task, tuple(card["labels"]), card["base_config"], edits,
         tuple(card.get("columns", ())),
     )  # fmt: skip
+
+
+def write_weights(model: nn.Module, state: dict[str, Tensor], folder: Path, store: str) -> None:
+    """Write the weights: without zeros where `store` is auto and that saves what it has to, else as they are."""
+    forms = storage.choose(state, code_streams(model)) if store == "auto" else {}
+    stored = storage.encode(state, forms)
+    packed = any(isinstance(module, Packed) for module in model.modules())  # nothing that `from_pretrained` reads
+    if forms and (packed or storage.size(stored) <= (1 - LEAST_SAVED) * storage.size(state)):
+        storage.write(stored, folder / COMPACT, forms)
+    else:
+        storage.write(state, folder / WEIGHTS, {})
+
+
+def save_settings(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write everything but the weights as transformers does."""
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def code_streams(model: nn.Module) -> dict[str, int]:
+    """Bits of a code in the tensors that hold codes of fewer than 8 bits, one behind the other."""
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+    streams = {name: getattr(module, "codes", None) for name, module in packed.items()}
+    return {
+        f"{name}.codes": packed[name].bits
+        for name, codes in streams.items()
+        if codes is not None and codes.dtype is torch.uint8 and codes.dim() == 1 and packed[name].bits < 8
+    }
+
+
+def weights_of(folder: Path) -> Path:
+    """The file with the weights of an artifact, without a look into it."""
+    return folder / (COMPACT if (folder / COMPACT).is_file() else WEIGHTS)
 
 
 def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, folder: Path) -> Any:
@@ -191,8 +228,8 @@ def parse_card(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"artifact {folder}: {CARD} is damaged ({error})") from error
     if schema != SCHEMA:
         raise ArtifactError(f"artifact {folder}: schema {schema}, this version reads {SCHEMA}")
-    if WEIGHTS not in listed:
-        raise ArtifactError(f"artifact {folder}: {CARD} names no {WEIGHTS}")
+    if len(listed & {WEIGHTS, COMPACT}) != 1:
+        raise ArtifactError(f"artifact {folder}: {CARD} names no {WEIGHTS}, or another file of weights beside it")
     return card
 
 
@@ -220,7 +257,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     missing = [n for n in lacking if model.state_dict()[n].data_ptr() not in present]
     if missing or result.unexpected_keys:
         odd = [*missing, *result.unexpected_keys][0]
-        raise ArtifactError(f"artifact {folder}: {WEIGHTS} does not fit the structure ({odd})")
+        raise ArtifactError(f"artifact {folder}: {weights_of(folder).name} does not fit the structure ({odd})")
 
 
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:

@@ -134,6 +134,48 @@ def verify(place: Place) -> None:
         print(f"{name:<11} {value}")
 
 
+@app.command()
+def unpack(
+    place: Place,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+) -> None:
+    """Write an artifact as dense weights that from_pretrained reads; inputs are no longer rounded."""
+    quiet()
+    from niwaki import plain
+    from niwaki.inference import find_artifact
+
+    print(plain.unpack(find_artifact(place), folder))
+
+
+@app.command()
+def sensitivity(
+    place: Place,
+    file: Annotated[
+        Path | None, typer.Argument(help="Labelled rows; without a file, the validation rows of the run.")
+    ] = None,
+    column: Columns = None,
+    unit: Annotated[str, typer.Option(metavar="linear|block|part", help="What is pruned one at a time.")] = "linear",
+    sparsities: Annotated[str, typer.Option(metavar="A,B", help="Each between 0 and 1.")] = "0.5,0.7,0.9",
+    target: Annotated[
+        float | None, typer.Option(help="Also write sparsities for each linear that make this one over all.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows at most.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="Folder; else sensitivity/ beside the artifact.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Measure how much each linear, block or part minds being pruned."""
+    quiet()
+    from niwaki.measure.sensitivity import Plan
+    from niwaki.measure.sensitivity_report import sensitivity_command
+
+    plan = Plan(unit=unit, sparsities=tuple(map(fraction, split(sparsities))), target=target)  # type: ignore[arg-type]
+    try:
+        print(sensitivity_command(place, file, pairs(column), plan, limit, output, batch_size))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
 @app.command("add-adapter")
 def add_adapter(
     place: Place,
@@ -186,6 +228,14 @@ def pairs(given: list[str] | None) -> dict[str, str]:
 def split(names: str) -> list[str]:
     """`a,b` as a list."""
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def fraction(text: str) -> float:
+    """A number of --sparsities."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--sparsities {text}: needs numbers above 0 and below 1") from error
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -47,7 +47,7 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     fold_and_convert(recipe, work)
     artifact.save(
         folder / "model", model=model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,
-        base_config=work.base_config, edits=work.edits, columns=corpus.columns,
+        base_config=work.base_config, edits=work.edits, columns=corpus.columns, store=recipe.store,
     )  # fmt: skip
     facts = {**fitted.facts(), **work.context.facts}
     metrics = sides.compare(recipe, corpus, model, folder, before, facts, list(work.context.targets))

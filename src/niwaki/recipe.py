@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 
@@ -51,6 +51,7 @@ class Recipe:
     callbacks: Mapping[str, CallbackSettings | pl.Callback] = field(default_factory=dict)
     seed: int = 0
     task_weight: float = 1.0
+    store: Literal["auto", "dense"] = "auto"
     name: str = "run"
     study: str | None = None
     resume: str | None = None
@@ -65,6 +66,8 @@ class Recipe:
                 raise ConfigError(f"compression.{key}: needs an option of configs/compression, not {stage!r}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: needs a whole number from 0 to 4294967295")
+        if self.store not in ("auto", "dense"):
+            raise ConfigError(f"store={self.store!r}: needs auto or dense")
         if self.task_weight < 0:
             raise ConfigError(f"task_weight={self.task_weight}: needs a number of at least 0")
         self.refuse_conflicts()
@@ -96,6 +99,9 @@ class Recipe:
                 f"{averaged[0]} and tuning={self.tuning.name}: what the tuning dropped would come back in the average; "
                 "leave one out"
             )
+        reasons = [reason for stage in self.stages if (reason := stage.needs_fit())]
+        if reasons and not self.trainer.max_epochs:
+            raise ConfigError(reasons[0])
         if averaging and not self.trainer.max_epochs:
             raise ConfigError(
                 f"{averaging[0]} and trainer.max_epochs=0: there is no fit to average over; leave one out"

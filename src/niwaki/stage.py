@@ -108,6 +108,10 @@ class Stage(abc.ABC):
         """The reason why this method cannot be combined with one of `others`, or None."""
         return None
 
+    def needs_fit(self) -> str | None:
+        """What is said of a run without a fit (trainer.max_epochs=0), in one line, where this method needs one."""
+        return None
+
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         """Raise ConfigError where this method cannot act on such a model; called on an empty model of the
         right shapes (meta device), before any weight is loaded."""

@@ -69,7 +69,8 @@ def entering(linear: nn.Module, link: Link) -> Tensor:
 
 
 def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
-    """Bake every chain into its weight. Returns, by target, what its links recorded."""
+    """Bake every chain into its weight. Returns, by target, what its links recorded. A negative weight that was masked
+    is -0.0, and becomes 0.0, which no value on disk has to stand for."""
     records = {}
     with torch.no_grad():
         for name, linear in targets.items():
@@ -78,6 +79,7 @@ def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
                 continue
             records[name] = {k: v for link in chain for k, v in link.record(entering(linear, link)).items()}
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+            linear.weight.add_(0.0)
     return records
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from niwaki.task.ner import NER, WORD, entities, first_pieces
+from niwaki.task.ner import NER, WORD, entities, first_pieces, lacks_space
 from niwaki.task.task import IGNORED
 
 TAGS = ("B-LOC", "B-PER", "I-PER", "O")
@@ -171,3 +173,72 @@ def test_a_batch_leaves_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     scores.update(SimpleNamespace(logits=logits), batch)
     assert transfers == [(2, rows, 3), (rows, 1)]
     assert scores.compute()["f1"] == 1.0
+
+
+MERGES = [("a", "d"), ("Ġ", "ad"), ("Ġad", "a"), ("m", "e"), ("Ġ", "me"), ("Ġme", "t"), ("me", "t"), ("ad", "a")]
+
+
+def byte_level(folder: Path, **settings: Any) -> Any:
+    """A tokenizer as RoBERTa has it, of few merges: `ada` and ` ada` are pieces of their own."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet()), *map("".join, MERGES)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    transformers.RobertaTokenizerFast(vocab=vocabulary, merges=MERGES).save_pretrained(folder)
+    transformers.AutoConfig.for_model("roberta", vocab_size=len(pieces)).save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, **settings)
+
+
+WORDS = {"tokens": [["ada", "met", "ada"], ["met"]], "tags": [["B-PER", "O", "B-PER"], ["O"]]}
+
+
+def test_words_of_a_byte_level_tokenizer_have_their_space(tmp_path: Path) -> None:
+    """The pieces that the words have in a text, as with add_prefix_space=True."""
+    plain, prefixed = (byte_level(tmp_path / str(space), add_prefix_space=space) for space in (False, True))
+    ours = NER().encode(WORDS, plain, TAGS)
+    assert plain.convert_ids_to_tokens(ours["input_ids"][0]) == ["<s>", "Ġada", "Ġmet", "Ġada", "</s>"]
+    assert ours["labels"][0] == [IGNORED, 1, 3, 1, IGNORED]
+    assert ours["input_ids"] == prefixed(WORDS["tokens"], is_split_into_words=True)["input_ids"]
+    assert ours == NER().encode(WORDS, prefixed, TAGS)
+
+
+def test_a_split_before_the_bytes_gets_no_space_within_a_word(tmp_path: Path) -> None:
+    """As in Llama 3 and Qwen2: a regular expression splits, and bytes follow. A space goes before words alone."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    tokenizer = byte_level(tmp_path)
+    split = Split(Regex(r" ?\w+|\S"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    (ids,) = NER().encode({"tokens": [["ada", "met-ada"]], "tags": [["O", "O"]]}, tokenizer, TAGS)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "Ġada", "Ġmet", "-", "ada", "</s>"]
+
+
+def test_an_artifact_with_a_byte_level_tokenizer_answers_as_it_was_trained(tmp_path: Path) -> None:
+    from niwaki import artifact
+
+    tokenizer = byte_level(tmp_path / "base")
+    config = transformers.AutoConfig.for_model(
+        "roberta", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, num_labels=len(TAGS), type_vocab_size=1,
+    )  # fmt: skip
+    model = transformers.AutoModelForTokenClassification.from_config(config).eval()
+    artifact.save(
+        tmp_path / "model", model=model, tokenizer=tokenizer, task=NER(max_length=32), labels=TAGS,
+        base_config=config.to_dict(), edits=[],
+    )  # fmt: skip
+    saved = artifact.load(tmp_path / "model")
+    seen: list[torch.Tensor] = []
+    saved.model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"]), with_kwargs=True)
+    with torch.no_grad():  # a bias alone decides: every word is a person
+        saved.model.classifier.weight.zero_()
+        saved.model.classifier.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+        (answer,) = saved.task.answers(saved.model, saved.tokenizer, saved.labels, [{"text": "ada met  ada"}])
+    assert seen[0].tolist() == NER().encode(WORDS, tokenizer, TAGS)["input_ids"][:1]
+    found = [(e["text"], e["start"], e["end"]) for e in answer["entities"]]
+    assert found == [("ada", 0, 3), ("met", 4, 7), ("ada", 9, 12)]
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_other_tokenizers_get_their_words_as_they_are(setting: Callable[..., Any], family: str) -> None:
+    assert not lacks_space(setting(family).tokenizer)

@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 import torch
 
 from niwaki import artifact, compose, pipeline
-from niwaki.errors import ConfigError
 from niwaki.optimizer import SGD
 from niwaki.tuning.adalora import AdaLoRA, Orthogonality, Ranks, RankSchedule, ranks
 
@@ -133,12 +132,6 @@ def test_a_checkpoint_holds_what_peft_keeps_beside_the_model(
 def test_the_schedule_fits_into_every_fit(steps: int, begin: float, end: float) -> None:
     first, last = AdaLoRA(begin=begin, end=end).span(steps)
     assert 0 <= first < last <= steps
-
-
-def test_without_a_fit_it_is_refused(setting: Callable[..., Any]) -> None:
-    one = setting()
-    with pytest.raises(ConfigError, match=r"^tuning=adalora: needs a fit"):
-        AdaLoRA().prepare(one.model, one.context(steps=0))
 
 
 @pytest.mark.parametrize("compression", ["[]", "[prune/magnitude,quantize/qat]"])

@@ -116,10 +116,7 @@ def test_under_a_mask_it_is_the_base_weight_that_waits(setting: Callable[..., An
     assert moves.moved == {i: set(range(i, 8)) for i in range(5)}
 
 
-def test_refusals(setting: Callable[..., Any]) -> None:
+def test_refusals() -> None:
     for every in (0.0, 1.0, float("nan")):
         with pytest.raises(ConfigError, match=r"^tuning\.every="):
             Gradual(every=every)
-    one = setting()
-    with pytest.raises(ConfigError, match=r"^tuning=gradual: needs a fit"):
-        Gradual().prepare(one.model, one.context(steps=0))

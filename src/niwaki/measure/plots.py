@@ -1,7 +1,8 @@
-"""The two pictures: one run before and after, and many runs as score against cost."""
+"""The pictures: one run before and after, many runs as score against cost, and what pruning costs part by part."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -269,3 +270,76 @@ def draw_scatter(
     figure.text(0.1 + width, 0.94, "Pareto front in green", fontsize=9, color=AFTER, ha="right")
     figure.text(0.1, 0.025, note, fontsize=8.5, color=MUTED)
     figure.savefig(path)
+
+
+def _grid(facts: Mapping[str, Any], sparsity: float) -> tuple[list[str], list[str], list[list[float]]]:
+    """Rows, columns and losses (NaN where there is none) of a heat map: blocks x places in them, or units alone."""
+    sign = 1 if facts["mode"] == "max" else -1
+    values = {
+        unit: math.inf if one is None else sign * (facts["base"] - one)
+        for unit, known in facts["units"].items()
+        for one in [known["scores"][f"{sparsity}"]]
+    }
+    if facts["unit"] != "linear":
+        return list(values), [f"{100 * sparsity:g}%"], [[value] for value in values.values()]
+    where = facts["places"]
+    blocks = list(dict.fromkeys(block for block, _ in where.values()))
+    inner = list(dict.fromkeys(place for _, place in where.values()))
+    named = {tuple(place): values[name] for name, place in where.items()}
+    return blocks, inner, [[named.get((block, place), math.nan) for place in inner] for block in blocks]
+
+
+def _cells(axes: Axes, cells: Sequence[Sequence[float]], most: float) -> None:
+    """The numbers in the cells of a heat map, white where it is dark."""
+    for row, line in enumerate(cells):
+        for column, value in enumerate(line):
+            if not math.isnan(value):
+                text = "–" if value == math.inf else f"{value:.3f}" if most < 10 else f"{value:.3g}"
+                colour = "white" if value > 0.55 * most else INK
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _heat(axes: Axes, columns: Sequence[str], cells: Sequence[Sequence[float]], most: float) -> None:
+    """One heat map, from white (nothing lost) to dark."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("loss", ["#ffffff", "#f0d9cd", WORSE, "#6b2f17"])
+    axes.imshow(
+        [[min(max(v, 0.0), most) for v in line] for line in cells], cmap=shades, vmin=0, vmax=most, aspect="auto"
+    )
+    _cells(axes, cells, most)
+    axes.set_xticks(range(len(columns)), [name.rpartition(".")[2] if len(columns) > 12 else name for name in columns])
+    axes.tick_params(colors=MUTED, labelsize=7, length=0)
+    for label in axes.get_xticklabels():
+        label.set(rotation=60 if len(columns) > 1 else 0, ha="right" if len(columns) > 1 else "center")
+    axes.spines[:].set_color(FAINT)
+
+
+def draw_sensitivity(facts: Mapping[str, Any], path: Path) -> None:
+    """What pruning each unit alone costs, as heat maps side by side: one for each sparsity."""
+    from matplotlib.figure import Figure
+
+    grids = [_grid(facts, sparsity) for sparsity in facts["sparsities"]]
+    losses = [value for _, _, cells in grids for line in cells for value in line if math.isfinite(value)]
+    most = max([*losses, 0.0]) or 1.0
+    rows, columns = grids[0][0], grids[0][1]
+    inches = (max(10.0, 3.2 + len(grids) * (0.7 + 0.48 * len(columns))), 2.6 + 0.26 * len(rows))
+    figure = Figure(figsize=inches, dpi=DPI, facecolor="white")
+    left = (0.35 + 0.055 * max(len(_short(name)) for name in rows)) / inches[0]
+    edges = {"left": left, "right": 0.985, "top": 1 - 0.95 / inches[1], "bottom": 1.35 / inches[1]}
+    places = figure.add_gridspec(1, len(grids), wspace=0.06, **edges)
+    for number_of, (sparsity, grid) in enumerate(zip(facts["sparsities"], grids, strict=True)):
+        axes = figure.add_subplot(places[0, number_of])
+        _heat(axes, columns, grid[2], most)
+        axes.set_title(f"{100 * sparsity:g}% zeros", fontsize=10, color=INK, fontweight="bold")
+        axes.set_yticks(range(len(rows)), [_short(name) for name in rows] if not number_of else [""] * len(rows))
+    what = f"{facts['metric']} lost when one {facts['unit']} alone is pruned by magnitude, without training"
+    _write(figure, 0.02, 1 - 0.35 / inches[1], what, fontsize=12, fontweight="bold", color=INK)
+    note = f"{facts['rows']:,} rows; {facts['metric']} {number(facts['metric'], facts['base'])} as it is"
+    _write(figure, 0.02, 1 - 0.58 / inches[1], note, fontsize=9, color=MUTED)
+    figure.savefig(path, format="png")
+
+
+def _short(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= 28 else f"…{name[-27:]}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,22 @@ class NER(Task):
                 yield {**row, "entities": entities(row["text"], tags, [spans[i][w] for _, w in places], sure)}
 
     def _tokenize(self, words: list[list[str]], tokenizer: Any) -> Any:
+        if lacks_space(tokenizer):
+            words = [[f" {word}" for word in row] for row in words]
         return tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
+
+
+def lacks_space(tokenizer: Any) -> bool:
+    """Whether a word given alone is encoded as if it stood behind another without a space, as byte-level tokenizers do
+    (GPT-2, RoBERTa, Llama 3) unless they were made with add_prefix_space, and some SentencePiece ones."""
+    state = tokenizer.backend_tokenizer.pre_tokenizer
+    step = json.loads(state.__getstate__()) if state else {}
+    steps = step.get("pretokenizers", [step])
+    return any(
+        step.get("add_prefix_space") is False if step.get("type") == "ByteLevel" else
+        step.get("type") == "Metaspace" and step.get("prepend_scheme") != "always"
+        for step in steps
+    )  # fmt: skip
 
 
 def first_pieces(word_ids: Sequence[int | None]) -> list[int | None]:

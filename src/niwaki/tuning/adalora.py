@@ -73,6 +73,9 @@ class AdaLoRA(PeftTuning):
         if self.orthogonality < 0:
             raise ConfigError(f"tuning.orthogonality={self.orthogonality}: needs a number of at least 0")
 
+    def needs_fit(self) -> str:
+        return "tuning=adalora: needs a fit to learn its ranks from; trainer.max_epochs=0 has none"
+
     def span(self, steps: int) -> tuple[int, int]:
         """The optimizer steps after which ranks begin and end to fall; between them is one at least."""
         first = int(self.begin * steps)
@@ -81,8 +84,6 @@ class AdaLoRA(PeftTuning):
     def config(self, names: list[str], context: Context) -> PeftConfig:
         from peft import AdaLoraConfig
 
-        if not context.steps:
-            raise ConfigError("tuning=adalora: needs a fit to learn its ranks from; trainer.max_epochs=0 has none")
         first, last = self.span(context.steps)
         return AdaLoraConfig(
             init_r=self.rank,

@@ -55,9 +55,10 @@ class Gradual(Tuning):
         if self.every is not None and not 0 < self.every < 1:
             raise ConfigError(f"tuning.every={self.every}: needs null (an epoch) or a number above 0 and below 1")
 
+    def needs_fit(self) -> str:
+        return "tuning=gradual: needs a fit; without one (trainer.max_epochs=0) use tuning=full"
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        if not context.steps:
-            raise ConfigError("tuning=gradual: needs a fit; without one (trainer.max_epochs=0) use tuning=full")
         depth = depths(context.anatomy)
         interval = context.epoch if self.every is None else self.every * context.steps
         first = min(depth.values())  # of the top block where nothing stands above: a tied output layer is an embedding

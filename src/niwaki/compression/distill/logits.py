@@ -43,10 +43,11 @@ class Logits(Stage):
         """The fields that name a teacher, and where it is."""
         return {FIELD: str(self.teacher)}
 
+    def needs_fit(self) -> str:
+        return "compression.logits: has no effect with trainer.max_epochs=0; a student learns in a fit"
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         assert self.teacher is not None
-        if not context.steps:
-            raise ConfigError("compression.logits: has no effect with trainer.max_epochs=0; a student learns in a fit")
         term = TeacherTerm(
             context.load_teacher(self.teacher, FIELD), context.predictions, self.temperature, self.weight
         )

@@ -1,0 +1,56 @@
+"""An artifact as a plain folder: dense weights that `from_pretrained` of transformers reads, and nothing of ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from niwaki import artifact, storage
+from niwaki.errors import ArtifactError
+from niwaki.weights import to_dense
+
+
+def unpack(place: Path, folder: Path) -> Path:
+    """Write the model of an artifact to `folder`, which appears whole or not at all: zeros as zeros, integers as the
+    weights that they stand for, adapters merged.
+
+    Raises:
+        ArtifactError: `folder` exists, or the model has layers or shapes that no config of transformers tells of.
+    """
+    if folder.exists():
+        raise ArtifactError(f"unpack {folder}: exists already; name a folder that does not")
+    saved = artifact.load(place)
+    to_dense(saved.model)
+    for edit in saved.edits:
+        edit.merge(saved.model)
+    refuse_foreign(saved, folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        storage.write(artifact.unique_tensors(saved.model), partial / artifact.WEIGHTS, {})
+        artifact.save_settings(saved.model, saved.tokenizer, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return partial.rename(folder)
+
+
+def refuse_foreign(saved: artifact.Artifact, folder: Path) -> None:
+    """Raise ArtifactError unless the config of the model makes a model with the same tensors."""
+    from niwaki.model.load import auto_class
+
+    with torch.device("meta"):
+        plain: Any = auto_class(saved.task, saved.model.config).from_config(saved.model.config)
+    ours = {name: tensor.shape for name, tensor in saved.model.state_dict().items()}
+    theirs = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if odd:
+        kind, edits = saved.model.config.model_type, ", ".join(type(edit).__name__ for edit in saved.edits)
+        raise ArtifactError(
+            f"unpack {folder}: {odd[0]} is not what a plain {kind} has there (edits: {edits}), so only niwaki reads "
+            "this artifact"
+        )
