@@ -2,7 +2,9 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -52,25 +54,25 @@ def test_the_make_targets_exist() -> None:
     assert set(re.findall(r"make (quickstart|test)\b", README)) <= targets
 
 
-def test_the_example_of_a_method_is_a_method(tmp_path: Path) -> None:
-    """The class in the README, run as it stands there, drops half of the weights."""
+def test_the_example_of_a_method_is_a_method(setting: Callable[..., Any]) -> None:
+    """The class in the README, run as it stands there, keeps the larger half of the weights."""
     import torch
-    from torch import nn
 
-    source = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Random" in b)
+    source = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Magnitude" in b)
     header = (
-        "from dataclasses import dataclass\nfrom typing import ClassVar\nimport torch\n"
-        "from niwaki.compression.prune.mask import Mask, Pattern, mask_targets\n"
-        "from niwaki.stage import Effects, Phase, Stage\n"
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from niwaki.compression.prune.scheduled import Scheduled\n"
     )
-    space: dict[str, object] = {"__name__": "niwaki.compression.prune.random"}
+    space: dict[str, Any] = {"__name__": "niwaki.compression.prune.magnitude"}
     exec(header + source, space)  # our own README
-    linear = nn.Linear(8, 4)
-    context = type("Context", (), {"targets": {"linear": linear}})()
-    stage = space["Random"](sparsity=0.5)  # type: ignore[operator]
-    stage.prepare(None, context)
-    assert int(torch.count_nonzero(linear.weight)) == 16
-    assert stage.name == "prune/random"
+    one = setting()
+    context = one.context()
+    linear = next(iter(context.targets.values()))
+    weight = linear.weight.detach().clone()
+    stage = space["Magnitude"](sparsity=0.5)
+    stage.prepare(one.model, context)
+    assert torch.equal(linear.weight, torch.where(weight.abs() > weight.abs().median(), weight, 0.0))
+    assert stage.name == "prune/magnitude"
 
 
 def test_links_lead_somewhere() -> None:

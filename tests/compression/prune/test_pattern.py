@@ -65,7 +65,7 @@ def test_each_mask_has_its_own_sparsity() -> None:
 
 @pytest.mark.parametrize("text", ["1x1", "0x4", "4x", "x4", "4x4x4", "-2x2", "block"])
 def test_what_is_no_block(text: str) -> None:
-    with pytest.raises(ConfigError, match="needs unstructured, or N:M.*or a block of outputs x inputs, such as 4x4"):
+    with pytest.raises(ConfigError, match=r"needs unstructured, or N:M.*or a block of outputs x inputs, such as 4x4"):
         Pattern.parse(text)
 
 

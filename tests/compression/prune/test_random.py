@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,6 +42,6 @@ def test_masks_are_nested_along_the_fit(setting: Callable[..., Any], train: Call
     schedule.draw = lambda step: (draw(step), seen.append([m.clone() for m in masks]))
     train(one.learner(SGD(lr=0.5), [effects], 4), [one.batch()] * 4, callbacks=effects.callbacks)
     assert len(seen) == 4
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in pairwise(seen):
         assert not any((new & ~old).any() for old, new in zip(earlier, later, strict=True))
     assert all(int((~m).sum()) == round(0.8 * m.numel()) for m in seen[-1])

@@ -123,7 +123,7 @@ def test_each_block_is_calibrated_on_what_the_pruned_ones_give(setting: Callable
     for linear in [*context.targets.values(), *plain.targets.values()]:
         linear.weight.data *= 15  # as random as it starts, a block hardly changes what passes through it
     SparseGPT(sparsity=0.6).prepare(one.model, context)
-    last = [name for name in context.targets if ".layer.2." in name and name.endswith("query")][0]
+    last = next(name for name in context.targets if ".layer.2." in name and name.endswith("query"))
     inputs: dict[str, Tensor] = {}
     for side, targets, model in (("pruned", context.targets, one), ("dense", plain.targets, dense)):
         handle = targets[last].register_forward_hook(lambda m, i, o, side=side: inputs.update({side: i[0]}))
@@ -150,7 +150,7 @@ def test_what_enters_the_mask_is_left_alone_where_it_drops(setting: Callable[...
 
 def test_a_tuning_that_is_no_sum_is_refused() -> None:
     refuse_conflicts([LoRA(), SparseGPT()])
-    with pytest.raises(ConfigError, match="tuning=dora and prune/sparsegpt: the base weight changes.*use tuning=lora"):
+    with pytest.raises(ConfigError, match=r"tuning=dora and prune/sparsegpt: the base weight changes.*use tuning=lora"):
         refuse_conflicts([DoRA(), SparseGPT()])
 
 

@@ -115,7 +115,7 @@ def test_a_map_of_every_name(setting: Callable[..., Any], tmp_path: Path) -> Non
     [
         ("{", "is no JSON"), ({"sparsities": {}}, "needs {\"sparsity\""), ({"sparsity": {}}, "needs {\"sparsity\""),
         ([1], "needs {\"sparsity\""), ({"sparsity": {QUERY: 1.0}}, "query: 1.0: needs a number from 0 up, below 1"),
-        ({"sparsity": {QUERY: "half"}}, "needs a number from 0"), ({"sparsity": {QUERY: True}}, "needs a number from 0"),
+        ({"sparsity": {QUERY: "half"}}, "needs a number"), ({"sparsity": {QUERY: True}}, "needs a number"),
         ({"sparsity": {"(": 0.5}}, "is no regular expression"),
         ({"sparsity": {".*": 0.5, QUERY + "s": 0.5}}, "querys: matches none of the linears that are pruned"),
         ({"sparsity": {QUERY: 0.5}}, "no entry matches bert.encoder.layer.0.attention.self.key; add one, or"),
@@ -138,5 +138,5 @@ def test_maps_that_have_no_effect(setting: Callable[..., Any], tmp_path: Path) -
     with pytest.raises(ConfigError, match="scope=global: finds the sparsity of each linear itself"):
         Magnitude(sparsity_map=path, scope="global")
     one = setting()
-    with pytest.raises(ConfigError, match="cannot be read .No such file"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(No such file"):
         Magnitude(sparsity_map=path + "x").check(one.context().anatomy, one.context().targets)

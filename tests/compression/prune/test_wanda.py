@@ -136,7 +136,8 @@ def test_acts_before_or_after_the_fit() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rows": 0}, r"wanda\.rows=0: needs a whole number of at least 1"), ({"when": "during"}, r"wanda\.when='during'"),
+        ({"rows": 0}, r"wanda\.rows=0: needs a whole number of at least 1"),
+        ({"when": "during"}, r"wanda\.when='during'"),
         ({"scope": "global"}, r"wanda\.scope='global': needs row or layer"),
         ({"scope": "row", "pattern": "2:4"}, r"wanda\.scope=row: has no effect"),
         ({"scope": "row", "pattern": "4x4"}, r"wanda\.scope=row: a block of the pattern 4x4 lies in 4 rows"),

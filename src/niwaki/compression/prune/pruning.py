@@ -90,8 +90,8 @@ class Pruning(Stage):
         tuning = next((other for other in others if isinstance(other, Tuning)), None)
         if self.moves_base and tuning and not tuning.additive:
             return (
-                f"tuning={tuning.name} and {self.name}: the base weight changes under it, and what this tuning makes of "
-                "that is no sum; use tuning=lora"
+                f"tuning={tuning.name} and {self.name}: the base weight changes under it, and what this tuning makes "
+                "of that is no sum; use tuning=lora"
             )
         return None
 

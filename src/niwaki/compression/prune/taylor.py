@@ -1,5 +1,5 @@
-"""First-order Taylor pruning: gradient x weight; at once it is SNIP (Lee et al. 2019, arXiv:1810.02340), along the fit
-the criterion of Molchanov et al. (2019, arXiv:1906.10771)."""
+"""First-order Taylor pruning: gradient x weight, on calibration rows (SNIP, Lee et al. 2019, arXiv:1810.02340) or
+gathered along the fit (Molchanov et al. 2019, arXiv:1906.10771)."""
 
 from __future__ import annotations
 
