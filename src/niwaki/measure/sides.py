@@ -17,6 +17,7 @@ from niwaki.data.corpus import Corpus
 from niwaki.measure.evaluate import evaluate, largest_difference
 from niwaki.measure.machine import machine, versions
 from niwaki.measure.report import write_report
+from niwaki.measure.savings import savings
 from niwaki.measure.size import count, macs, target_table
 from niwaki.measure.speed import THROUGHPUT_BATCH, speeds
 from niwaki.naming import option_name
@@ -54,6 +55,8 @@ def compare(
     if side_before is not None:
         models["before"] = recipe.model.load(recipe.task, corpus.labels, recipe.seed).to(device)
     measured = cost(recipe, corpus, models)
+    after |= measured["after"]
+    side_before = side_before and {**side_before, **measured["before"]}
     return clean(
         {
             "schema": 1,
@@ -65,12 +68,13 @@ def compare(
             "model": recipe.model.title,
             "metric": recipe.task.metric,
             "mode": recipe.task.mode,
-            "before": side_before and {**side_before, **measured["before"]},
-            "after": {**after, **measured["after"]},
+            "before": side_before,
+            "after": after,
             **facts,
             "parity": parity,
             "validation": validation.compute(),
             "targets": target_table(saved.model, targets),
+            "savings": savings(saved, side_before, after),
             **scores.report(),
             "machine": machine(),
             "threads": torch.get_num_threads(),
