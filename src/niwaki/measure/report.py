@@ -9,6 +9,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+CONTRACT = frozenset(  # of metrics.json; what else stands there was added by methods
+    [
+        "schema",
+        "task",
+        "tuning",
+        "compression",
+        "seed",
+        "data",
+        "model",
+        "metric",
+        "mode",
+        "before",
+        "after",
+        "trainable",
+        "train_seconds",
+        "steps",
+        "peak_memory_mb",
+        "parity",
+        "validation",
+        "targets",
+        "savings",
+        "per_class",
+        "averages",
+        "machine",
+        "threads",
+        "versions",
+    ]
+)
+LONGEST_FACT = 12  # entries
 Row = tuple[str, ...]
 Change = Callable[[float, float], str]
 CLASS_COLUMNS = ("precision", "recall", "f1", "support")
@@ -281,11 +310,38 @@ def _machine(metrics: Mapping[str, Any]) -> str:
     return f"{machine}, {metrics.get('threads')} threads. {versions}".strip()
 
 
+def facts(metrics: Mapping[str, Any]) -> str:
+    """What the methods of a run said of themselves (the ranks that AdaLoRA left), in markdown; empty where none did.
+    What is long stays in metrics.json."""
+    rows = []
+    for name, value in metrics.items():
+        if name in CONTRACT:
+            continue
+        leaves = flatten({name: value})
+        shown = leaves if len(leaves) <= LONGEST_FACT else {name: f"{len(leaves)} entries, in metrics.json"}
+        rows += [[key.replace(".", " "), _fact(leaf)] for key, leaf in shown.items()]
+    return markdown_table(["", ""], rows) if rows else ""
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return _score(value)
+    if isinstance(value, list | tuple) and len(value) > LONGEST_FACT:
+        return f"{len(value)} entries, in metrics.json"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The text of report.md."""
     header, rows = comparison(metrics)
     note = [BEFORE] if metrics["before"] is not None else []
     parts = ["# Report", _what(metrics), "![report](report.png)", markdown_table(header, rows), *note]
+    if metrics.get("savings"):
+        from niwaki.measure.savings import savings_text
+
+        parts += ["## What it saves", savings_text(metrics)]
+    if found := facts(metrics):
+        parts += ["## Of the methods", found]
     if metrics.get("targets"):
         parts += ["## Compressed layers", _targets(metrics["targets"])]
     if metrics.get("per_class"):

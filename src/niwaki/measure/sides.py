@@ -17,6 +17,7 @@ from niwaki.data.corpus import Corpus
 from niwaki.measure.evaluate import evaluate, largest_difference
 from niwaki.measure.machine import machine, versions
 from niwaki.measure.report import write_report
+from niwaki.measure.savings import savings
 from niwaki.measure.size import count, macs, target_table
 from niwaki.measure.speed import THROUGHPUT_BATCH, speeds
 from niwaki.model.embeddings import InOldNumbers
@@ -56,6 +57,8 @@ def compare(
         whole = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
         models["before"] = (InOldNumbers(whole, corpus.tokens).eval() if corpus.tokens else whole).to(device)
     measured = cost(recipe, corpus, models)
+    after |= measured["after"]
+    side_before = side_before and {**side_before, **measured["before"]}
     return clean(
         {
             "schema": 1,
@@ -67,12 +70,13 @@ def compare(
             "model": recipe.model.title,
             "metric": recipe.task.metric,
             "mode": recipe.task.mode,
-            "before": side_before and {**side_before, **measured["before"]},
-            "after": {**after, **measured["after"]},
+            "before": side_before,
+            "after": after,
             **facts,
             "parity": parity,
             "validation": validation.compute(),
             "targets": target_table(saved.model, targets),
+            "savings": savings(saved, side_before, after),
             **scores.report(),
             "machine": machine(),
             "threads": torch.get_num_threads(),
