@@ -54,6 +54,10 @@ NEED_A_FIT = {
     "tuning=adalora": "tuning=adalora: needs a fit to learn its ranks from",
     "tuning=gradual": "tuning=gradual: needs a fit",
     "compression=[prune/magnitude] compression.magnitude.schedule=cubic": "schedule=cubic: needs a fit; use one_shot",
+    "compression=[prune/movement]": "compression.movement: its scores are learned, which needs a fit",
+    "compression=[prune/heads] compression.heads.schedule=cubic": "schedule=cubic: needs a fit",
+    "compression=[prune/cofi]": "compression.cofi: has no effect with trainer.max_epochs=0",
+    "compression=[share/codebook] compression.codebook.reassign=3": "reassign=3: needs a fit",
     "compression=[distill/logits] compression.logits.teacher=some/model": "compression.logits: has no effect with",
 }
 

@@ -112,11 +112,10 @@ class CoFi(Stage):
                     "left out whole; leave out attention"
                 )
 
+    def needs_fit(self) -> str:
+        return f"{FIELD}: has no effect with trainer.max_epochs=0; masks learn in a fit"
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        if not context.steps:
-            raise ConfigError(
-                f"compression: {self.name}: has no effect with trainer.max_epochs=0; masks learn in a fit"
-            )
         found = [units for kind in KINDS for units in units_of(context.anatomy, kind)]
         masks = add_masks(model, found, self.masks, context.seed)
         multipliers = Multipliers(masks[0].open.device)

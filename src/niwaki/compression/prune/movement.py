@@ -59,10 +59,9 @@ def score_rates(model: nn.Module, factor: float) -> dict[str, float]:
     return {f"{name}.scores": factor for name, _ in masks}
 
 
-def refuse_without_fit(context: Context, field: str) -> None:
-    """Raise ConfigError where there is nothing that scores could learn from."""
-    if not context.steps:
-        raise ConfigError(f"{field}: its scores are learned, which needs a fit; use another score with max_epochs=0")
+def learned_in_a_fit(field: str) -> str:
+    """What is said where there is none for the scores to learn in."""
+    return f"{field}: its scores are learned, which needs a fit; use another score with trainer.max_epochs=0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,10 @@ class Movement(Pruning):
         """Of the schedule."""
         return Span(begin=self.begin, end=self.end, interval=self.interval)
 
+    def needs_fit(self) -> str:
+        return learned_in_a_fit(self.field)
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        refuse_without_fit(context, self.field)
         masks = self.masks(context)
         schedule = MaskSchedule(
             dict(masks.values()), score=lambda weight, mask: mask.matrix, selection=self.selection(masks, self.scope),

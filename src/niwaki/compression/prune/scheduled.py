@@ -112,11 +112,12 @@ class Scheduled(Pruning):
         """What the score needs before it is first asked for."""
         return None
 
+    def needs_fit(self) -> str | None:
+        if self.schedule == "one_shot":
+            return None
+        return f"{self.field}.schedule={self.schedule}: needs a fit; use one_shot with trainer.max_epochs=0"
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        if self.schedule != "one_shot" and not context.steps:
-            raise ConfigError(
-                f"{self.field}.schedule={self.schedule}: needs a fit; use one_shot with trainer.max_epochs=0"
-            )
         masks = self.masks(context)
         self.ready(masks, context)
         selection = self.selection(masks, self.scope)

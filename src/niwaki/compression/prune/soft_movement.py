@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.prune.mask import cubic, mask_targets
-from niwaki.compression.prune.movement import ScoredMask, check_factor, refuse_without_fit, score_rates
+from niwaki.compression.prune.movement import ScoredMask, check_factor, learned_in_a_fit, score_rates
 from niwaki.compression.prune.pattern import keep_largest
 from niwaki.compression.prune.pruning import Span
 from niwaki.compression.prune.targets import Targets, check_targets, chosen
@@ -110,8 +110,10 @@ class SoftMovement(Stage):
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         chosen(self.targets, "compression.soft_movement", anatomy, targets)
 
+    def needs_fit(self) -> str:
+        return learned_in_a_fit("compression.soft_movement")
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        refuse_without_fit(context, "compression.soft_movement")
         linears = chosen(self.targets, "compression.soft_movement", context.anatomy, context.targets)
         schedule = Threshold(
             list(mask_targets(linears, ScoredMask).values()), threshold=self.threshold, penalty=self.penalty,

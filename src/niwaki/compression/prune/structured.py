@@ -152,6 +152,11 @@ class Structured(Stage):
             left = [units.count - drop for units, drop in zip(found, self._drops(found), strict=True)]
             cut_all(anatomy, {units: range(count) for units, count in zip(found, left, strict=True)})
 
+    def needs_fit(self) -> str | None:
+        if self.schedule == "one_shot":
+            return None
+        return f"{self.field}.schedule=cubic: needs a fit; use one_shot with trainer.max_epochs=0"
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         found = units_of(context.anatomy, self.kind)
         choice = Choice(self._drops(found), self._named(found), self.scope == "global", self.importance == "taylor")
@@ -176,8 +181,6 @@ class Structured(Stage):
         return CutUnits(kind=self.kind, kept=stayed, in_config=tell_config(context.anatomy, self.kind))
 
     def _close_during_the_fit(self, model: nn.Module, context: Context, found: list[Units], choice: Choice) -> Effects:
-        if not context.steps:
-            raise ConfigError(f"{self.field}.schedule=cubic: needs a fit; use one_shot with trainer.max_epochs=0")
         begin, end, interval = self.span
         schedule = GateSchedule(
             model, add_gates(model, found), kind=self.importance, draw=choice.draw, interval=interval,

@@ -261,10 +261,13 @@ class CodebookSharing(Stage):
                     f"{FIELD}.bits={self.bits}: {name} has fewer weights to a table than its {2**self.bits} centroids"
                 )
 
+    def needs_fit(self) -> str | None:
+        if not self.reassign and not 0 < self.begin < 1:
+            return None
+        given = "reassign" if self.reassign else "begin"
+        return f"{FIELD}.{given}={getattr(self, given)}: needs a fit; trainer.max_epochs=0 has none"
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        if not context.steps and (self.reassign or 0 < self.begin < 1):
-            given = "reassign" if self.reassign else "begin"
-            raise ConfigError(f"{FIELD}.{given}={getattr(self, given)}: needs a fit; trainer.max_epochs=0 has none")
         books = {linear: self._stack(linear) for linear in context.targets.values()}
         begin = max(round(self.begin * context.steps), 1) if 0 < self.begin < 1 else 0
         schedule = CodebookSchedule(
