@@ -14,12 +14,14 @@ from niwaki import artifact, compose
 from niwaki.compression.prune.gates import Gate
 from niwaki.compression.prune.heads import Heads
 from niwaki.compression.prune.neurons import Neurons
+from niwaki.compression.quantize.qat import QAT
 from niwaki.data.corpus import Corpus
 from niwaki.fit import fit
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.units import units_of
 from niwaki.optimizer import AdamW
 from niwaki.pipeline import assemble, check_on_empty_model, fold_and_convert, settle
+from niwaki.weights import fold
 
 CUBIC: dict[str, Any] = {"schedule": "cubic", "interval": 1, "end": 1.0}
 
@@ -85,11 +87,43 @@ def test_a_closed_unit_is_still_measured_and_may_open_again(
     assert (sums[0] > 0).all()
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "activation"])
+def test_what_is_closed_is_closed_while_the_model_trains(setting: Callable[..., Any], importance: Any) -> None:
+    one, twin = setting(), setting()
+    effects = Heads(importance=importance, **CUBIC).prepare(one.model, one.context(steps=9))
+    schedule: Any = effects.callbacks[0]
+    schedule.setup(None, None, "fit")
+    for gate, units in zip(gates(one.model), units_of(Anatomy.of(twin.model), "heads"), strict=True):
+        gate.open.copy_(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+        twin.model.get_submodule(units.output).weight.data[:, units.column_indices([0, 3])] = 0
+    inputs = one.task.inputs(one.batch())
+    assert torch.allclose(one.model.train()(**inputs).logits, twin.model.train()(**inputs).logits, atol=1e-6)
+
+
+def test_activations_are_rounded_by_what_is_open(setting: Callable[..., Any]) -> None:
+    one = setting()
+    context = one.context(steps=9)
+    with torch.no_grad():
+        for block in one.model.bert.encoder.layer:
+            block.intermediate.dense.bias[0] = 1000.0  # a scale for all others that none of them would survive
+    stage = Neurons(**CUBIC)
+    schedule: Any = stage.prepare(one.model, context).callbacks[0]
+    QAT().prepare(one.model, context)
+    schedule.setup(None, None, "fit")
+    for gate in gates(one.model):
+        gate.open[0] = 0
+    gated = one.logits()
+    context.records.update(fold(context.targets))
+    stage.finalize(one.model, context)
+    assert float((one.logits() - gated).abs().max()) < 1e-6
+
+
 def test_padding_and_validation_are_not_measured(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one = setting()
     effects = Neurons(importance="activation", schedule="cubic", interval=100).prepare(one.model, one.context(steps=9))
     batch = one.batch()
-    train(one.learner(effects=[effects], steps=9), [batch] * 2, [batch] * 3, callbacks=effects.callbacks)
+    learner = one.learner(effects=[effects], steps=9)
+    train(learner, [batch] * 2, [batch] * 3, callbacks=effects.callbacks, val_check_interval=1)
     assert {float(gate.count) for gate in gates(one.model)} == {2.0 * float(batch["attention_mask"].sum())}
 
 
