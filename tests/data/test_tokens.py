@@ -59,6 +59,28 @@ def test_special_and_added_tokens_have_their_new_numbers(kind: str) -> None:
         assert kept[smaller("a<added>b")["input_ids"][2]] == whole.convert_tokens_to_ids("<added>")
 
 
+@pytest.mark.parametrize("way", ["bert", "roberta", "template", "sequence"])
+def test_special_tokens_behind_the_others(way: str) -> None:
+    """Their numbers change, in every kind of post-processor."""
+    from tokenizers import Tokenizer, models, processors
+
+    names = ["a", "b", "c", "ab", "[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token="[UNK]"))
+    ends = [("[SEP]", 7), ("[CLS]", 6)]
+    template = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    backend.post_processor = {
+        "bert": processors.BertProcessing(*ends), "roberta": processors.RobertaProcessing(*ends), "template": template,
+        "sequence": processors.Sequence([processors.ByteLevel(), template]),
+    }[way]  # fmt: skip
+    whole = fast(backend)
+    kept = [0, 1, 3, 4, 5, 6, 7]
+    assert whole("abcb")["input_ids"] == [6, 3, 2, 1, 7]
+    smaller = tokens.cut(whole, kept)
+    assert smaller("abcb")["input_ids"] == [5, 2, 4, 1, 6]
+    assert (smaller.cls_token_id, smaller.sep_token_id, smaller.unk_token_id, smaller.pad_token_id) == (5, 6, 4, 3)
+
+
 def test_every_byte_can_be_written_still() -> None:
     whole = byte_pairs()
     smaller = tokens.cut(whole, kept_of(whole, TEXTS[:1]))

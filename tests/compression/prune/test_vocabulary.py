@@ -188,9 +188,9 @@ def test_the_least_count_and_a_text_of_ones_own(files: list[str], tmp_path: Path
         for token in ids(whole, text):
             counts[token] = counts.get(token, 0) + 1
     long = {t for t in counts if len(whole.convert_ids_to_tokens(t).removeprefix("##")) > 1}
-    least = "compression.vocabulary.min_count=3"
+    least = "compression.vocabulary.min_count=4"
     kept = set(read(recipe_of("classification", place, files, least)).tokens)
-    assert {t for t in long if t in kept} == {t for t in long if counts[t] >= 3} != long
+    assert {t for t in long if t in kept} == {t for t in long if counts[t] >= 4} != long
     (tmp_path / "own.txt").write_text(OTHERS[1] + "\n")
     own = set(
         read(
