@@ -241,7 +241,10 @@ def test_what_saves_nothing_is_refused(setting: Callable[..., Any]) -> None:
         SVD(energy=0.9999).prepare(one.model, one.context())
 
 
-def test_later_methods_are_checked_on_the_factors_before_weights_are_loaded(tmp_path: Path) -> None:
+def test_later_methods_are_checked_on_the_factors_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tiny, "load", lambda *_: pytest.fail("a model was loaded"))
     given = ("compression.svd.rank=6", "compression.magnitude.pattern='2:4'")
     with pytest.raises(ConfigError, match=r"pattern=2:4: bert\.\S+\.up has 6 inputs, which 4 does not divide"):
         run(tmp_path, "bert", "full", "factorize/svd,prune/magnitude", *given)
