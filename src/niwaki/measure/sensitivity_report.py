@@ -214,7 +214,8 @@ def map_text(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return (
         f"## {100 * found['target']:g}% in all\n\n`{map_name(found['target'])}` gives each linear its own sparsity, by "
         "the least sum of the changes above (lines between what was measured, gains taken for noise); 'uniform' is the "
-        f"same sparsity everywhere. Without training:\n\n{table}\n\n"
+        "same sparsity everywhere. Without training, on the rows that the map was drawn from, which favours it:"
+        f"\n\n{table}\n\n"
         f"{'The map is better here.' if better(found, facts['mode']) else 'The map is no better than uniform here.'}"
     )
 
