@@ -16,6 +16,7 @@ from torch import Tensor
 
 from niwaki import storage
 from niwaki.errors import ArtifactError
+from niwaki.packing import pack
 from niwaki.storage import Form
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8]
@@ -76,7 +77,7 @@ def test_places_within_groups_by_hand() -> None:
 def test_codes_of_few_bits_by_hand() -> None:
     """3-bit codes 3 3 5 3 3 3 1 3 | 3 3 ...: the commonest, 3, is left out, and the others are packed again."""
     codes = np.array([3, 3, 5, 3, 3, 3, 1, 3], dtype=np.uint8)
-    stream = torch.from_numpy(storage.pack(codes, 3))
+    stream = pack(torch.from_numpy(codes), 3)
     assert stream.tolist() == [0b01101110, 0b10110110, 0b11001011]
     form = Form(shape=(3,), dtype="uint8", bits=3, background=3)
     stored = storage.encode({"w": stream}, {"w": form})
@@ -128,7 +129,7 @@ def test_streams_of_codes(tmp_path: Path, bits: int, count: int) -> None:
     zero = 2 ** (bits - 1) - 1
     draw = np.random.default_rng(0)
     codes = np.where(draw.random(count) < 0.75, zero, draw.integers(0, 2**bits - 1, count)).astype(np.uint8)
-    state = {"w.codes": torch.from_numpy(storage.pack(codes, bits))}
+    state = {"w.codes": pack(torch.from_numpy(codes), bits)}
     back, path = through(tmp_path, state, **{"w.codes": bits})
     assert same(back["w.codes"], state["w.codes"])
     assert storage.choose(state, {"w.codes": bits})["w.codes"].background == zero
@@ -137,7 +138,7 @@ def test_streams_of_codes(tmp_path: Path, bits: int, count: int) -> None:
 
 
 def test_a_stream_with_bits_behind_its_last_code_stays_as_it_is(tmp_path: Path) -> None:
-    stream = torch.from_numpy(storage.pack(np.full(4096, 3, dtype=np.uint8), 3))
+    stream = pack(torch.full((4096,), 3, dtype=torch.uint8), 3)
     odd = torch.cat([stream, torch.zeros(1, dtype=torch.uint8)])
     assert storage.choose({"w": odd}, {"w": 3})
     odd[-1] = 1  # 4098 whole codes, and 2 bits

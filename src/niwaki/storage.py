@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import ArtifactError
+from niwaki.packing import pack, packed_bytes, unpack
 
 KEY = "niwaki"  # of the forms, in the metadata of a safetensors file
 PARTS = {"bitmask": ("mask", "values"), "N:M": ("places", "values")}  # of a stored tensor, as NAME:PART
@@ -71,8 +72,8 @@ class Form:
         """Bytes of the tensor in this form, with so many values that are not background."""
         if self.group:
             kept = self.count // self.group * self.keep
-            return ceil_bytes(kept * self.bits) + ceil_bytes(kept * self.place_bits) + HEADER
-        return ceil_bytes(values * self.bits) + ceil_bytes(self.count) + HEADER
+            return packed_bytes(kept, self.bits) + packed_bytes(kept, self.place_bits) + HEADER
+        return packed_bytes(values, self.bits) + packed_bytes(self.count, 1) + HEADER
 
 
 def write(stored: Mapping[str, Tensor], path: Path, forms: Mapping[str, Form]) -> None:
@@ -203,7 +204,7 @@ def pieces(tensor: Tensor, form: Form) -> dict[str, Tensor]:
     groups = differs.reshape(-1, form.group)
     places = np.argsort(~groups, axis=1, kind="stable")[:, : form.keep].astype(np.uint8)
     kept = np.take_along_axis(items.reshape(-1, form.group), places, axis=1)
-    packed = torch.from_numpy(pack(places.ravel(), form.place_bits))
+    packed = pack(torch.from_numpy(places.ravel()), form.place_bits)
     return {"places": packed, "values": stored_values(kept.ravel(), form)}
 
 
@@ -230,7 +231,7 @@ def whole(name: str, form: Form, where: Tensor, values: Tensor) -> Tensor:
     kept = read_values(name, form, where, values)
     items = np.full(form.count, form.background, dtype=kept.dtype)
     if form.group:
-        places = unpack(where.numpy(), form.place_bits, len(kept)).reshape(-1, form.keep)
+        places = unpack(where, form.place_bits, len(kept)).numpy().reshape(-1, form.keep)
         if len(places) and int(places.max()) >= form.group:
             raise ArtifactError(f"{name}: a place is out of its group of {form.group}")
         np.put_along_axis(items.reshape(-1, form.group), places.astype(np.intp), kept.reshape(-1, form.keep), axis=1)
@@ -247,25 +248,25 @@ def read_values(name: str, form: Form, where: Tensor, values: Tensor) -> Items:
         raise ArtifactError(f"{name}: its values are {values.dtype}, not torch.{form.dtype}")
     if form.group:
         count = form.count // form.group * form.keep
-        needed = ceil_bytes(count * form.place_bits)
+        needed = packed_bytes(count, form.place_bits)
     else:
         count = int(np.bitwise_count(where.numpy()).sum())
-        needed = ceil_bytes(form.count)
-    if len(where) != needed or len(values) != (ceil_bytes(count * form.bits) if form.packed else count):
+        needed = packed_bytes(form.count, 1)
+    if len(where) != needed or len(values) != (packed_bytes(count, form.bits) if form.packed else count):
         raise ArtifactError(f"{name}: its parts do not have the sizes of a tensor of {list(form.shape)}")
-    return unpack(values.numpy(), form.bits, count) if form.packed else numbers_of(values)
+    return unpack(values, form.bits, count).numpy() if form.packed else numbers_of(values)
 
 
 def stored_values(items: Items, form: Form) -> Tensor:
     """Items as they are stored: of the tensor's own type, or packed."""
     if form.packed:
-        return torch.from_numpy(pack(items, form.bits))
+        return pack(torch.from_numpy(items), form.bits)
     return torch.from_numpy(items.view(np.uint8)).view(getattr(torch, form.dtype))
 
 
 def items_of(tensor: Tensor, form: Form) -> Items:
     """The items of a tensor, in order."""
-    return unpack(tensor.numpy(), form.bits, form.count) if form.packed else numbers_of(tensor)
+    return unpack(tensor, form.bits, form.count).numpy() if form.packed else numbers_of(tensor)
 
 
 def numbers_of(tensor: Tensor) -> Items:
@@ -277,7 +278,7 @@ def numbers_of(tensor: Tensor) -> Items:
 def tensor_of(items: Items, form: Form) -> Tensor:
     """The tensor that has these items."""
     if form.packed:
-        return torch.from_numpy(pack(items, form.bits))
+        return pack(torch.from_numpy(items), form.bits)
     return torch.from_numpy(items.view(np.uint8)).view(getattr(torch, form.dtype)).view(form.shape)
 
 
@@ -287,25 +288,6 @@ def leftover(tensor: Tensor, form: Form) -> bool:
     return bool(bits) and bool(int(tensor[-1]) & (2**bits - 1))
 
 
-def pack(items: Items, bits: int) -> Items:
-    """Unsigned numbers below 2^bits as a stream of so many bits each. uint8, ceil(n * bits / 8) long."""
-    planes = np.unpackbits(items.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :]
-    return np.packbits(planes.ravel())
-
-
-def unpack(packed: Items, bits: int, count: int) -> Items:
-    """The uint8 numbers that `pack` was given."""
-    planes = np.unpackbits(packed, count=count * bits).reshape(count, bits)
-    padded = np.zeros((count, 8), dtype=np.uint8)
-    padded[:, 8 - bits :] = planes
-    return np.packbits(padded, axis=1).ravel()
-
-
 def size(state: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors."""
     return sum(tensor.nbytes for tensor in state.values())
-
-
-def ceil_bytes(bits: int) -> int:
-    """Bytes that hold so many bits."""
-    return -(-bits // 8)
