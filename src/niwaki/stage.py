@@ -96,7 +96,8 @@ class Stage(abc.ABC):
     phase: ClassVar[Phase]
     during_fit: ClassVar[bool] = True
     leaves_out_blocks: ClassVar[bool] = False  # as model.layers does
-    later: ClassVar[bool] = False  # within its phase, after those that are not: widths are cut in the blocks that stay
+    turn: ClassVar[int] = 0  # within its phase: 0 blocks, 1 widths of those that stay, 2 linears of those widths
+    leaves_out_units: ClassVar[bool] = False  # heads, neurons: rows and columns of linears
     paper: ClassVar[str]
 
     @property
@@ -163,7 +164,7 @@ class Tuning(Stage):
 
 def ordered(stages: Iterable[Stage]) -> list[Stage]:
     """The stages in the order in which they act."""
-    return sorted(stages, key=lambda stage: (stage.phase, stage.later, stage.name))
+    return sorted(stages, key=lambda stage: (stage.phase, stage.turn, stage.name))
 
 
 def refuse_conflicts(stages: Sequence[Stage]) -> None:

@@ -81,6 +81,7 @@ class SVD(Stage):
     """
 
     phase: ClassVar[Phase] = Phase.SHAPE
+    turn: ClassVar[int] = 2
     paper: ClassVar[str] = "Denton et al. 2014, arXiv:1404.0736; Wang et al. 2024, arXiv:2403.07378"
 
     rank: int | None = None
@@ -114,6 +115,15 @@ class SVD(Stage):
             raise ConfigError(f"{FIELD}.rows={self.rows}: has no effect without {FIELD}.activation_aware=true")
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"{FIELD}.rows={self.rows}: needs null or a whole number of at least 1")
+
+    def conflict(self, others: Sequence[Stage]) -> str | None:
+        cutting = next((o for o in others if o.leaves_out_units and getattr(o, "schedule", "") != "one_shot"), None)
+        if cutting is None:
+            return None
+        return (
+            f"{self.name} and {cutting.name}: its units are cut after the fit, out of linears that are two each by then; "
+            "cut them before it, as prune/heads and prune/neurons do with schedule=one_shot"
+        )
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         chosen = self.chosen(anatomy)

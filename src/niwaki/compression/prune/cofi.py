@@ -49,7 +49,8 @@ class CoFi(Stage):
     """
 
     phase: ClassVar[Phase] = Phase.SHAPE
-    later: ClassVar[bool] = True
+    turn: ClassVar[int] = 1
+    leaves_out_units: ClassVar[bool] = True
     paper: ClassVar[str] = "Xia, Zhong & Chen 2022, arXiv:2204.00408; Louizos et al. 2018, arXiv:1712.01312"
 
     sparsity: float = 0.5

@@ -35,7 +35,8 @@ class Structured(Stage):
     """
 
     phase: ClassVar[Phase] = Phase.SHAPE
-    later: ClassVar[bool] = True
+    turn: ClassVar[int] = 1
+    leaves_out_units: ClassVar[bool] = True
     kind: ClassVar[Kind]
 
     ratio: float | None = None
