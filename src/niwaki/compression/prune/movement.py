@@ -71,7 +71,8 @@ class Movement(Pruning):
     linears together are kept, drawn anew every `interval` optimizer steps to the end of the fit.
 
     Their share falls on the cubic schedule: all until `begin`, 1 - sparsity from `end` (both fractions of the fit).
-    The scores have `lr_factor` times the learning rate and no weight decay.
+    The scores have `lr_factor` times the learning rate and no weight decay. Only their order counts, so that factor
+    matters only where an optimizer scales its step by the size of what it moves (Adafactor).
     """
 
     paper: ClassVar[str] = "Sanh et al. 2020, arXiv:2005.07683"
