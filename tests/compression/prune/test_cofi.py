@@ -167,9 +167,9 @@ def test_what_is_closed_at_the_end_is_cut(setting: Callable[..., Any], train: Ca
 
 
 def test_the_match_of_layers_by_hand() -> None:
-    tokens = torch.tensor([[True, True], [True, False]])
+    tokens = torch.tensor([[True, False], [True, True]])
     students = [torch.zeros(3, 1), torch.full((3, 1), 2.0)]
-    teachers = [torch.tensor([[[1.0], [0.0]], [[0.0], [99.0]]]), torch.tensor([[[2.0], [2.0]], [[5.0], [99.0]]])]
+    teachers = [torch.tensor([[[1.0], [99.0]], [[0.0], [0.0]]]), torch.tensor([[[2.0], [99.0]], [[2.0], [5.0]]])]
     # the first is nearest to zeros: 1/3; the second to twos: 9/3
     assert float(matched_distance(students, teachers, tokens)) == pytest.approx(1 / 3 + 3)
     layers = [torch.tensor(float(i)) for i in range(1, 13)]

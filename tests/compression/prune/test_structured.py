@@ -21,6 +21,7 @@ from niwaki.stage import ordered, refuse_conflicts
 from niwaki.task.classification import Classification
 from niwaki.tuning.full import Full
 from niwaki.tuning.lora import LoRA
+from niwaki.tuning.oft import OFT
 
 
 def drawn(choice: Choice, scores: list[list[float]], fraction: float = 1.0) -> list[list[int]]:
@@ -163,6 +164,7 @@ def test_refusals_name_the_field(kind: Any, fields: dict[str, Any], name: str) -
         ([Heads(scope="global"), QAT(group=8)], "prune/heads with scope=global and quantize/qat with groups"),
         ([Neurons(scope="global"), Magnitude(pattern="2:4")], "prune/neurons with scope=global and prune/magnitude"),
         ([Neurons(schedule="cubic"), QAT(group=8)], "prune/neurons with schedule=cubic and quantize/qat with groups"),
+        ([Neurons(scope="global"), OFT()], "prune/neurons with scope=global and tuning=oft"),
         ([Heads(schedule="cubic"), LoRA()], "importance=magnitude and tuning=lora"),
         ([Heads(schedule="cubic", importance="taylor"), LoRA(merge=False)], "tuning=lora with tuning.merge=false"),
     ],

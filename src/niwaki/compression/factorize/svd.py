@@ -121,7 +121,7 @@ class SVD(Stage):
         if cutting is None:
             return None
         return (
-            f"{self.name} and {cutting.name}: its units are cut after the fit, out of linears that are two each by then; "
+            f"{self.name} and {cutting.name}: its units are cut after the fit, out of linears that are two by then; "
             "cut them before it, as prune/heads and prune/neurons do with schedule=one_shot"
         )
 

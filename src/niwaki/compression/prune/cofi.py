@@ -92,7 +92,7 @@ class CoFi(Stage):
             if getattr(other, "merge", None) is False:
                 return (
                     f"{self.name} and tuning={other.name} with tuning.merge=false: the adapters beside the base would "
-                    "keep the shapes that are cut after the fit; set tuning.merge=true"
+                    "keep the shapes that are cut after the fit; use a tuning that is merged"
                 )
             if other.phase is Phase.TUNE and other.name == "gradual":
                 return f"{self.name} and tuning=gradual: what is frozen at first would freeze the masks; use another"

@@ -120,6 +120,11 @@ class Structured(Stage):
                     f"{self.name} with {when} and {other.name} with groups along the input: how many inputs a linear "
                     "will have is not known before, and groups may not divide them; use one_shot with scope=layer"
                 )
+            if getattr(other, "block", None) and self.scope == "global" and not gradual:
+                return (
+                    f"{self.name} with scope=global and tuning={other.name}: how many inputs a linear will have is not "
+                    "known before, and blocks may not divide them; use scope=layer"
+                )
             if gradual and getattr(other, "merge", None) is False:
                 return (
                     f"{self.name} with schedule=cubic and tuning={other.name} with tuning.merge=false: the adapters "
