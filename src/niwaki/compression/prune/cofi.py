@@ -89,6 +89,11 @@ class CoFi(Stage):
                     f"{self.name} and {other.name} with groups along the input: how many inputs a linear will have is "
                     "learned in the fit, and groups may not divide them; leave the groups out"
                 )
+            if other.phase is Phase.SHARE:
+                return (
+                    f"{self.name} and {other.name}: values are shared by the weights of whole linears, and units would "
+                    "leave them after that; leave one out"
+                )
             if getattr(other, "merge", None) is False:
                 return (
                     f"{self.name} and tuning={other.name} with tuning.merge=false: the adapters beside the base would "

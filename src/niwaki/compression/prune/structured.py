@@ -125,6 +125,11 @@ class Structured(Stage):
                     f"{self.name} with scope=global and tuning={other.name}: how many inputs a linear will have is not "
                     "known before, and blocks may not divide them; use scope=layer"
                 )
+            if gradual and other.phase is Phase.SHARE:
+                return (
+                    f"{self.name} with schedule=cubic and {other.name}: values are shared by the weights of whole "
+                    "linears, and units would leave them after that; use schedule=one_shot"
+                )
             if gradual and getattr(other, "merge", None) is False:
                 return (
                     f"{self.name} with schedule=cubic and tuning={other.name} with tuning.merge=false: the adapters "
