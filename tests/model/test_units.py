@@ -23,7 +23,7 @@ from niwaki.model.tiny import FAMILIES
 from niwaki.model.units import Units, cut, units_of
 
 KINDS = ("heads", "neurons")
-HEADS_TOLD = ("llama", "qwen3")  # whose config has a size of heads apart from their count
+HEADS_TOLD = ("llama", "qwen2", "qwen3")  # whose config has a size of heads apart from their count
 
 
 def wide(one: Any) -> Any:

@@ -236,7 +236,9 @@ def test_a_teacher_of_the_cut_vocabulary_and_one_of_another(files: list[str], tm
     context = context_of(recipe, corpus, recipe.model.load(recipe.task, corpus.labels, 0))
     teacher: Any = context.load_teacher(str(tmp_path / "teacher"), "field")
     assert teacher.config.vocab_size == len(corpus.tokens)
-    other = recipe_of("classification", place, files, *taught, "compression.vocabulary.min_count=3")
+    other = recipe_of(
+        "classification", place, files, *taught, "compression.vocabulary.min_count=3", "trainer.max_epochs=1"
+    )
     with pytest.raises(ConfigError, match="its vocabulary"):
         run(other, tmp_path / "other", {})
 
