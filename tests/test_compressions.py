@@ -175,6 +175,37 @@ def cells(method: str) -> list[tuple[str, tuple[str, ...]]]:
     return list(with_integers)
 
 
+def pairs() -> list[tuple[str, str]]:
+    """Methods that are run together: each with the next one of the list, or with every other (`make grid`)."""
+    found = methods()
+    if os.environ.get("NIWAKI_GRID") == "whole":
+        return list(itertools.combinations(found, 2))
+    return list(zip(found, [*found[1:], found[0]], strict=True))
+
+
+def refusal(recipe: Any) -> str | None:
+    """Why a recipe is refused before any weight is loaded."""
+    try:
+        look(recipe)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("pair", pairs(), ids="+".join)
+def test_pairs_work_or_are_refused(pair: tuple[str, str], tuning: str, files: dict[str, str], tmp_path: Path) -> None:
+    path = files["classification"]
+    reason = refusal(build("classification", tuning, pair, path))
+    if reason is None:
+        folder = run_one("classification", tuning, pair, tmp_path, path)
+        stored = torch.load(tmp_path / "expected.pt", weights_only=True)
+        assert torch.equal(logits(artifact.load(folder).model, stored["inputs"]), stored["logits"])
+    else:
+        assert any(one.rpartition("/")[2] in reason for one in pair)
+        assert "\n" not in reason
+
+
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("task", TASKS)
 def test_methods_work_or_are_refused(
