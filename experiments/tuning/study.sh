@@ -11,11 +11,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 what=$1 data=$2
 shift 2
-declare -A rates=( # tried: twice to three times the one before, until the best is not the largest
+declare -A rates=( # tried: twice to three times the one before, until the best is neither the least nor the largest
   [full]=2e-5,5e-5,1e-4,2e-4 [head]=1e-3,3e-3,1e-2 [bitfit]=5e-4,1e-3,3e-3 [layernorm]=1e-3,3e-3,1e-2
   [lora]=5e-4,1e-3,2e-3,4e-3 [dora]=5e-4,1e-3,2e-3,4e-3 [adalora]=1e-3,2e-3,5e-3,1e-2 [qlora]=5e-4,1e-3,2e-3,4e-3
-  [ia3]=3e-3,1e-2,3e-2 [adapter]=3e-4,1e-3,3e-3 [adapter_pfeiffer]=3e-4,1e-3,3e-3,1e-2
-  [prefix]=1e-3,3e-3,1e-2 [prompt]=3e-3,1e-2,3e-2
+  [ia3]=3e-3,1e-2,3e-2,1e-1 [adapter]=3e-4,1e-3,3e-3 [adapter_pfeiffer]=3e-4,1e-3,3e-3,1e-2
+  [prefix]=3e-4,1e-3,3e-3,1e-2 [prompt]=3e-3,1e-2,3e-2,1e-1
 )
 declare -A chosen=() # of those the best on validation, the smaller one of equals
 declare -A settings=( # the same rank for all that have one; AdaLoRA starts above it and ends at it on average
