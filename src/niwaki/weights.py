@@ -21,6 +21,7 @@ class Packed(Protocol):
     """A linear whose weight is stored as codes of a few bits each."""
 
     bits: int  # of one code
+    holds: str  # what its tensors are, in a report
     dense: type[nn.Linear]  # of the linear that it stands for, which may have a layout of its own in files
     in_features: int
     out_features: int

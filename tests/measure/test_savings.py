@@ -12,6 +12,7 @@ import torch
 from niwaki import artifact
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.quantize.qat import QAT
+from niwaki.compression.share.codebook import CodebookSharing
 from niwaki.measure import report
 from niwaki.measure.savings import savings, savings_text
 from niwaki.measure.size import count
@@ -48,6 +49,7 @@ KINDS: dict[str, tuple[list[Any], set[str]]] = {
     "mask": ([Magnitude()], {"dense", "bitmask"}),
     "places": ([Magnitude(pattern="1:8")], {"dense", "N:M"}),
     "integers": ([QAT(bits=8)], {"dense", "integer codes"}),
+    "codebook": ([CodebookSharing(bits=4)], {"dense", "codebook"}),
     "both": ([Magnitude(sparsity=0.8), QAT(bits=8)], {"dense", "integer codes", "integer codes, bitmask"}),
     "adapters": ([LoRA(rank=2, merge=False)], {"dense", "adapters"}),
 }

@@ -48,7 +48,7 @@ def disk(saved: Artifact, state: Mapping[str, Any], forms: Mapping[str, storage.
         known["tensors"] += 1
         known["bytes"] += sum(state[part].nbytes for part in parts)
         known["plain"] += tensor.nbytes
-    beside = [path for path in saved.folder.glob("*/*.safetensors")]
+    beside = list(saved.folder.glob("*/*.safetensors"))
     if beside:
         size = sum(path.stat().st_size for path in beside)
         found["adapters"] = {"tensors": len(beside), "bytes": size, "plain": size}
@@ -60,7 +60,7 @@ def disk(saved: Artifact, state: Mapping[str, Any], forms: Mapping[str, storage.
 def kinds_of_packed(model: nn.Module) -> dict[str, str]:
     """What the tensors of each packed linear are called, by its name in the file."""
     return {
-        name.removesuffix(".base_layer"): "codebook" if hasattr(module, "codebook") else "integer codes"
+        name.removesuffix(".base_layer"): module.holds
         for name, module in model.named_modules()
         if isinstance(module, Packed)
     }

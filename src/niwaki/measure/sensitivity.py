@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from niwaki import artifact
+from niwaki.compression.prune.pattern import Pattern
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 
@@ -103,8 +104,7 @@ def pruned(model: nn.Module, sparsities: Mapping[str, float]) -> Iterator[None]:
     kept = {name: weight.clone() for name, weight in weights.items()}
     try:
         for name, sparsity in sparsities.items():
-            flat = weights[name].view(-1)
-            flat[flat.abs().sort(stable=True).indices[: round(sparsity * len(flat))]] = 0
+            weights[name] *= Pattern().draw(weights[name].abs(), sparsity)
         yield
     finally:
         for name, weight in kept.items():

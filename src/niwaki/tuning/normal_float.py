@@ -82,6 +82,7 @@ class NormalFloatLinear(nn.Linear):
     weight: Tensor
     scale: Tensor
     bits = 4
+    holds = "NormalFloat codes"
     dense: type[nn.Linear] = nn.Linear
 
     def __init__(

@@ -145,8 +145,9 @@ class SVD(Stage):
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         chosen = self.chosen(context.anatomy)
         ranks, factors, errors = {}, {}, {}
+        batches = context.calibration(self.rows or 128) if self.activation_aware else ()
         for part in self._batched(context.anatomy, chosen):
-            moments = self._moments(model, context, part)
+            moments = second_moments(model, part, batches, context.inputs) if batches else {}
             for name, linear in part.items():
                 found = decompose(linear.weight, moments.get(name))
                 ranks[name] = rank = self._rank(linear, found)
@@ -194,12 +195,6 @@ class SVD(Stage):
             return self.planned(linear)
         rank = -(-found.rank_of(self.energy) // self.step) * self.step
         return rank if rank <= most_saving(linear) else 0
-
-    def _moments(self, model: nn.Module, context: Context, part: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """X X^T of what each linear reads; nothing for the plain decomposition."""
-        if not self.activation_aware:
-            return {}
-        return second_moments(model, part, context.calibration(self.rows or 128), context.inputs)
 
     def _batched(self, anatomy: Anatomy, chosen: Mapping[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
         """The linears block by block: the second moments of a whole model may not fit into memory at once."""

@@ -142,6 +142,7 @@ class IntegerLinear(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    holds: ClassVar[str] = "integer codes"
     dense: type[nn.Linear] = nn.Linear
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 

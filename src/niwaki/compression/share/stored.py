@@ -58,6 +58,7 @@ class CodebookLinear(nn.Module):
     indices: Tensor
     centroids: Tensor
     mask: Tensor
+    holds: ClassVar[str] = "codebook"
     dense: type[nn.Linear] = nn.Linear
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
