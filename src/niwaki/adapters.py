@@ -25,7 +25,7 @@ def load_with(folder: Path, adapter: str) -> Artifact:
     Raises:
         ArtifactError: there is no such adapter, or it was made for another base, task or labels.
     """
-    card = artifact.read_card(folder)
+    card = artifact.parse_card(folder)  # `load` looks at the files
     own = uses(card)
     if adapter == NONE:
         if not own:
@@ -60,7 +60,7 @@ def located(folder: Path, card: dict[str, Any], adapter: str) -> tuple[Path, Pat
         names = sorted(name.partition("/")[0] for name in card["files"] if name.endswith(f"/{beside.CONFIG}"))
         known = f"; the artifact holds {', '.join(names)}" if names else ""
         raise ArtifactError(f"--adapter {adapter}: no such adapter, nor a folder with {beside.CONFIG}{known}")
-    own = uses(artifact.read_card(home))
+    own = uses(artifact.parse_card(home))
     if not own:
         raise ArtifactError(f"--adapter {adapter}: all is in its weights; needs a run with tuning.merge=false")
     return home / own[0].folder, home

@@ -23,7 +23,7 @@ from niwaki import __version__, storage
 from niwaki.edits import Edit, from_json
 from niwaki.errors import ArtifactError, UserError
 from niwaki.naming import is_plain
-from niwaki.weights import Packed
+from niwaki.weights import Packed, to_dense
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -260,6 +260,15 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         raise ArtifactError(f"artifact {folder}: {weights_of(folder).name} does not fit the structure ({odd})")
 
 
+def load_merged(folder: str | Path) -> Artifact:
+    """The artifact with dense weights: codes as the weights that they stand for, adapters merged."""
+    saved = load(folder)
+    to_dense(saved.model)
+    for edit in saved.edits:
+        edit.merge(saved.model)
+    return saved
+
+
 def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tuple[nn.Module, set[str]]:
     """An artifact as the start of another training, and the names of the tensors that it lacks or has in another shape:
     integers become fp32 weights again, adapters are merged, layers that grew stay; a head for another task or other
@@ -270,12 +279,8 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     """
     from niwaki.model.anatomy import Anatomy, adapt
     from niwaki.model.load import auto_class, with_labels
-    from niwaki.weights import to_dense
 
-    saved = load(place)
-    to_dense(saved.model)
-    for edit in saved.edits:
-        edit.merge(saved.model)
+    saved = load_merged(place)
     fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
     adapt(fresh)
     for edit in saved.edits:

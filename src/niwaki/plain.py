@@ -10,7 +10,6 @@ import torch
 
 from niwaki import artifact, storage
 from niwaki.errors import ArtifactError
-from niwaki.weights import to_dense
 
 
 def unpack(place: Path, folder: Path) -> Path:
@@ -22,10 +21,7 @@ def unpack(place: Path, folder: Path) -> Path:
     """
     if folder.exists():
         raise ArtifactError(f"unpack {folder}: exists already; name a folder that does not")
-    saved = artifact.load(place)
-    to_dense(saved.model)
-    for edit in saved.edits:
-        edit.merge(saved.model)
+    saved = artifact.load_merged(place)
     refuse_foreign(saved, folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

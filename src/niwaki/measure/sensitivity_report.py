@@ -20,7 +20,6 @@ from niwaki.measure import sensitivity
 from niwaki.measure.evaluate import evaluate
 from niwaki.measure.report import markdown_table, number
 from niwaki.measure.sensitivity import MEASURED, Plan, Record, replace_file
-from niwaki.weights import to_dense
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,12 +98,9 @@ def prepare(folder: Path, rows: tuple[Source, str, int]) -> Probe:
     from datasets import Dataset
 
     source, origin, seed = rows
-    saved = artifact.load(folder)
+    saved = artifact.load_merged(folder)
     found: Dataset = labelled(saved, source, seed)
     check_labels(found, saved.labels, origin)
-    to_dense(saved.model)
-    for edit in saved.edits:
-        edit.merge(saved.model)
     features = Dataset.from_dict(saved.task.encode(found[:], saved.tokenizer, saved.labels))
     saved.model.requires_grad_(False)
     return Probe(saved, Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0), origin)
