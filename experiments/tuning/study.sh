@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 what=$1 data=$2
 shift 2
 declare -A rates=( # tried: twice to three times the one before, until the best is neither the least nor the largest
-  [full]=2e-5,5e-5,1e-4,2e-4 [head]=1e-3,3e-3,1e-2 [bitfit]=5e-4,1e-3,3e-3 [layernorm]=1e-3,3e-3,1e-2
+  [full]=2e-5,5e-5,1e-4,2e-4,4e-4 [head]=3e-4,1e-3,3e-3,1e-2 [bitfit]=5e-4,1e-3,3e-3 [layernorm]=1e-3,3e-3,1e-2
   [lora]=5e-4,1e-3,2e-3,4e-3 [dora]=5e-4,1e-3,2e-3,4e-3 [adalora]=1e-3,2e-3,5e-3,1e-2 [qlora]=5e-4,1e-3,2e-3,4e-3
   [ia3]=3e-3,1e-2,3e-2,1e-1 [adapter]=3e-4,1e-3,3e-3 [adapter_pfeiffer]=3e-4,1e-3,3e-3,1e-2
   [prefix]=3e-4,1e-3,3e-3,1e-2 [prompt]=3e-3,1e-2,3e-2,1e-1
