@@ -125,8 +125,7 @@ def build(task: str, tuning: str, subset: tuple[str, ...], files: dict[str, str]
 def load(recipe: Any) -> tuple[Corpus, Any]:
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
-    check_on_empty_model(recipe, corpus.labels)
-    check_teachers(recipe, corpus)
+    check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels))
     return corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed)
 
 
