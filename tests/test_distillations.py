@@ -1,6 +1,8 @@
-"""Every distillation but logits (tests/test_grid.py has that one) x {full, lora} x {alone, pruned and quantized} x task,
-on tiny random models with a wider and deeper teacher: trains, resumes bit for bit, leaves neither teacher nor projection
-in the artifact, which a fresh process reloads with the same logits."""
+"""Every distillation but logits, which is in tests/test_grid.py, x {full, lora} x {alone, pruned and quantized} x task.
+
+Tiny random models with a wider and deeper teacher: each trains, resumes bit for bit, leaves neither teacher nor
+projection in the artifact, which a fresh process reloads with the same logits.
+"""
 
 from __future__ import annotations
 

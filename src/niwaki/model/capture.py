@@ -283,6 +283,6 @@ def refuse_attention(anatomy: Anatomy, method: str) -> None:
     if not tells_attention(anatomy):
         config: Any = anatomy.model.config
         raise ConfigError(
-            f"compression.{method}: a {config.model_type} model computes its attention in a way of its own "
+            f"{method}: a {config.model_type} model computes its attention in a way of its own "
             f"({config._attn_implementation}), which tells no queries and keys; use distill/hidden"
         )

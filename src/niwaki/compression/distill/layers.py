@@ -34,9 +34,7 @@ def pairs_of(layers: Layers, student: int, teacher: int, field: str) -> list[tup
         return [(m - 1, -(-m * teacher // student) - 1) for m in range(1, student + 1)]
     if layers == "last":
         if teacher < student:
-            raise ConfigError(
-                f"{field}=last: the student has {student} blocks, the teacher only {teacher}; use uniform"
-            )
+            raise ConfigError(f"{field}=last: the student has {student} blocks, the teacher {teacher}; use uniform")
         return [(block, block + teacher - student) for block in range(student)]
     pairs = [(int(pair[0]), int(pair[1])) for pair in layers]
     for side, (who, count) in enumerate((("student", student), ("teacher", teacher))):

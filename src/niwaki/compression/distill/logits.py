@@ -17,7 +17,6 @@ from niwaki.model.anatomy import Anatomy
 from niwaki.model.teacher import Said, Teacher
 from niwaki.stage import Context
 
-FIELD = "compression.logits.teacher"
 SKEWED = ("skewed_kl", "skewed_reverse_kl")
 
 
