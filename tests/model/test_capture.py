@@ -55,9 +55,17 @@ def stacks_of(shown: Any, name: str) -> list[Any]:
     return [getattr(shown, name)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_states_are_those_of_transformers(setting: Callable[..., Any], family: str) -> None:
-    one = setting(family)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        *((family, "classification") for family in FAMILIES),
+        ("t5", "ner"),
+        ("bart", "causal_lm"),
+        ("llama", "causal_lm"),
+    ],
+)
+def test_the_states_are_those_of_transformers(setting: Callable[..., Any], family: str, task: str) -> None:
+    one = setting(family, task)
     louder(one.model)
     seen, shown = seen_by(one)
     expected = stacks_of(shown, "hidden_states")

@@ -97,8 +97,9 @@ class Recorder:
         self._handles: list[Any] = []
         self._of_attention: list[Any] = []
         self._virtual = [self._virtual_tokens(place) for place in range(len(anatomy.stacks))]
-        self._handles.append(anatomy.backbone.register_forward_pre_hook(self._start))
-        self._handles.append(anatomy.backbone.register_forward_hook(self._end))
+        reader = reader_of(anatomy)
+        self._handles.append(reader.register_forward_pre_hook(self._start))
+        self._handles.append(reader.register_forward_hook(self._end))
         for place, blocks in enumerate(map(anatomy.blocks_of, anatomy.stacks)):
             for block in blocks:
                 self._handles.append(block.register_forward_hook(self._after_block(place), with_kwargs=True))
@@ -170,6 +171,14 @@ class Recorder:
     def _stop_listening(self, module: Any, args: Any, output: Any) -> None:
         asked = module.config._attn_implementation
         module.config._attn_implementation = asked.removesuffix(SUFFIX)
+
+
+def reader_of(anatomy: Anatomy) -> nn.Module:
+    """The backbone, or what it holds and does nothing but call: BART's language model goes past such a wrapper."""
+    module = anatomy.backbone
+    while len(children := list(module.children())) == 1:
+        (module,) = children
+    return module
 
 
 SUFFIX = "_recorded"
