@@ -101,6 +101,7 @@ class Setting:
             self.model, task=self.task, labels=self.labels, optimizer=optimizer or SGD(lr=0.05),
             schedule=Constant(warmup=0.0), steps=steps, task_weight=1.0,
             terms={n: t for e in effects for n, t in e.terms.items()},
+            modules={n: m for e in effects for n, m in e.modules.items()},
         )  # fmt: skip
 
 

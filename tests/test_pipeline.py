@@ -10,6 +10,7 @@ import pytest
 
 from niwaki import artifact, compose, inference, pipeline
 from niwaki.errors import ConfigError
+from niwaki.model.tiny import Tiny
 
 
 @pytest.fixture
@@ -53,6 +54,35 @@ def test_a_teacher_with_other_labels(refused: Any, setting: Any, tmp_path: Path)
     said = refused("compression=distill/logits", f"compression.logits.teacher={tmp_path / 'teacher'}")
     assert said.startswith("compression.logits.teacher=")
     assert "its labels are not the student's (maybe, n, no)" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("attention", "block 0 of the student has 4 attention heads, block 1 of the teacher 8, and scores are"),
+        ("hidden", "compression.hidden.layers: [0, 7]: the teacher has the blocks 0..5"),
+        ("minilm", "compression.minilm.teacher_block=6: the teacher has the blocks 0..5"),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_teacher_of_another_shape(
+    refused: Any, setting: Any, tmp_path: Path, method: str, said: str, plain: bool
+) -> None:
+    one = setting()
+    one.labels = ("n", "y")
+    model = Tiny(overrides={"num_hidden_layers": 6, "num_attention_heads": 8}).load(one.task, one.labels, 0)
+    if plain:
+        model.save_pretrained(tmp_path / "teacher")
+        one.tokenizer.save_pretrained(tmp_path / "teacher")
+    else:
+        artifact.save(
+            tmp_path / "teacher", model=model, tokenizer=one.tokenizer, task=one.task, labels=one.labels,
+            base_config=model.config.to_dict(), edits=[],
+        )  # fmt: skip
+    settings = [f"compression=distill/{method}", f"compression.{method}.teacher={tmp_path / 'teacher'}"]
+    settings += {"hidden": ["compression.hidden.layers=[[0,7]]"]}.get(method, [])
+    settings += {"minilm": ["compression.minilm.teacher_block=6"]}.get(method, [])
+    assert said in refused(*settings)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

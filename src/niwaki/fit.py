@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from niwaki.callbacks import BestCheckpoint, CallbackSettings, Clock, Interruption, LastValidation, Watch
 from niwaki.data.corpus import Corpus
@@ -34,6 +35,7 @@ class Work:
     terms: dict[str, Term] = field(default_factory=dict)
     settled: int = 0  # first optimizer step at which the model has its final form
     lr_factors: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # that learn beside the model
 
     def add(self, effects: Effects) -> None:
         """Take in what a prepared stage adds."""
@@ -42,6 +44,7 @@ class Work:
         self.terms |= effects.terms
         self.settled = max(self.settled, effects.settled)
         self.lr_factors |= effects.lr_factors
+        self.modules |= effects.modules
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
     learner = Learner(
         model, task=recipe.task, labels=corpus.labels, optimizer=recipe.optimizer, schedule=recipe.schedule,
         steps=work.context.steps, terms=work.terms, task_weight=recipe.task_weight,
-        lr_factors=work.lr_factors,
+        lr_factors=work.lr_factors, modules=work.modules,
     )  # fmt: skip
     logger = recipe.logger.build(folder, config)
     clock = Clock()

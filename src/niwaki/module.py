@@ -53,10 +53,11 @@ class Learner(pl.LightningModule):
     def __init__(
         self, model: nn.Module, *, task: Task, labels: Sequence[str], optimizer: OptimizerSettings,
         schedule: Schedule, steps: int, terms: Mapping[str, Term], task_weight: float,
-        lr_factors: Mapping[str, float] | None = None,
+        lr_factors: Mapping[str, float] | None = None, modules: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
+        self.beside = nn.ModuleDict(dict(modules or {}))  # learns with the model, is in checkpoints, never in the model
         self.task = task
         self.labels = labels
         self.optimizer_settings = optimizer
@@ -94,17 +95,17 @@ class Learner(pl.LightningModule):
         # Lightning refuses to clip for a fused optimizer under any autocast; only fp16, which scales its gradients,
         # would need that, and it does not get a fused one.
         if gradient_clip_val is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
         fused = self.trainer.precision != "16-mixed"
-        optimizer = self.optimizer_settings.build(self.model, fused=fused, factors=self.lr_factors)
+        optimizer = self.optimizer_settings.build(self.model, fused=fused, factors=self.lr_factors, beside=self.beside)
         scheduler = self.schedule.build(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_weights(self) -> None:
         """Raise DivergedError where a weight that learns is not finite."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
+        if not all(bool(torch.isfinite(p).all()) for p in self.parameters() if p.requires_grad):
             raise DivergedError(f"the weights are not finite after optimizer step {self.global_step}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

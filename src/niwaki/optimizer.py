@@ -59,11 +59,19 @@ class OptimizerSettings(abc.ABC):
         return rates(model, self.lr, self.layer_decay, self.lr_by_part)
 
     def build(
-        self, model: nn.Module, *, fused: bool = True, factors: Mapping[str, float] | None = None
+        self,
+        model: nn.Module,
+        *,
+        fused: bool = True,
+        factors: Mapping[str, float] | None = None,
+        beside: nn.Module | None = None,
     ) -> torch.optim.Optimizer:
         """An optimizer over the parameters of `model` that learn; `fused` is several times faster. `factors`
-        multiplies the learning rate of the parameters that it names."""
-        return self.over(groups(model, self.rates(model), self.weight_decay, factors or {}), fused)
+        multiplies the learning rate of the parameters that it names. What is `beside` the model learns at `lr`."""
+        found = groups(model, self.rates(model), self.weight_decay, factors or {})
+        if beside is not None:
+            found += groups(beside, dict.fromkeys(dict(beside.named_parameters()), self.lr), self.weight_decay, {})
+        return self.over(found, fused)
 
     @abc.abstractmethod
     def over(self, parameters: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:

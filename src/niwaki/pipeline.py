@@ -16,7 +16,8 @@ from niwaki.data.corpus import Corpus
 from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import Taught, Uncut, check_teacher, load_teacher
+from niwaki.model.capture import Seen, outline
+from niwaki.model.teacher import LooksInside, Taught, Teachers, Uncut, check_teacher, outline_of_teacher, the_one
 from niwaki.recipe import Recipe
 from niwaki.stage import Context, Phase, Stage, Trims, refuse_conflicts
 from niwaki.weights import fold
@@ -33,8 +34,7 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     recipe.trainer.prepare()
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = read(recipe)
-    check_on_empty_model(recipe, corpus.labels)
-    check_teachers(recipe, corpus)
+    check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels))
     console.plan(recipe, corpus)
 
     model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
@@ -86,21 +86,33 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
     return work
 
 
-def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> None:
-    """Let the task and every stage look at a model of the right shapes without weights, before any is loaded."""
+def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> Anatomy:
+    """Let the task and every stage look at a model of the right shapes without weights, before any is loaded; it."""
     anatomy = Anatomy.of(recipe.model.empty(recipe.task, labels))
     recipe.tuning.grow(anatomy.model, anatomy)  # first, since a task may have fewer positions then
     recipe.task.check(anatomy)
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
         stage.outline(anatomy.model)
+    return Anatomy.of(anatomy.model)
 
 
-def check_teachers(recipe: Recipe, corpus: Corpus) -> None:
-    """Look at what the teachers say of themselves, before weights are loaded."""
-    for stage in recipe.stages:
-        for field, place in stage.teachers().items() if isinstance(stage, Taught) else ():
-            check_teacher(place, recipe.task, corpus.labels, corpus.tokenizer.get_vocab(), field, uncut(corpus))
+def check_teachers(recipe: Recipe, corpus: Corpus, student: Anatomy) -> None:
+    """Look at what the teachers say of themselves, and at their shapes beside those of the empty student, before
+    weights are loaded."""
+    vocabulary, taught = corpus.tokenizer.get_vocab(), [s for s in recipe.stages if isinstance(s, Taught)]
+    for stage in taught:
+        for field, place in stage.teachers().items():
+            check_teacher(place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus))
+    looking = [stage for stage in recipe.stages if isinstance(stage, LooksInside)]
+    ours = outline(student) if looking else None
+    theirs: dict[str, Seen] = {}
+    for one in looking:
+        assert ours is not None
+        place = one.teacher or the_one(taught)
+        if place not in theirs:
+            theirs[place] = outline_of_teacher(place, recipe.task, corpus.labels)
+        one.compare_outlines(ours, theirs[place])
 
 
 def uncut(corpus: Corpus) -> Uncut | None:
@@ -119,9 +131,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         seed=recipe.seed,
         head_learns=recipe.task.head_learns,
         predictions=recipe.task.predictions,
-        load_teacher=lambda place, field: load_teacher(
-            place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus)
-        ),
+        load_teacher=Teachers(recipe.stages, recipe.task, corpus.labels, vocabulary, uncut(corpus)),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
         calibration=corpus.calibration,
         inputs=recipe.task.inputs,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from niwaki.data.corpus import Corpus
     from niwaki.edits import Edit
     from niwaki.model.anatomy import Anatomy
+    from niwaki.model.teacher import Teacher
 
 Term = Callable[[Any, Mapping[str, "Tensor"]], "Tensor"]
 """A loss term: (student outputs, batch) -> scalar."""
@@ -57,7 +58,7 @@ class Context:
     seed: int
     head_learns: bool  # the head is new, so every tuning trains it
     predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
-    load_teacher: Callable[[str, str], nn.Module]  # (hub name, folder or artifact; field) -> model of the same task
+    load_teacher: Callable[[str | None, str], Teacher]  # (place, or null for the one that is named; field of it)
     token_ids: Callable[[str], list[int]]  # of a text, without special tokens
     calibration: Callable[[int], Sequence[Mapping[str, Tensor]]]  # so many rows of the training split, as batches
     inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what of a batch the model's forward takes
@@ -83,6 +84,7 @@ class Effects:
     settled: int = 0  # first optimizer step at which the model has its final form
     lr_factors: dict[str, float] = field(default_factory=dict)  # of the learning rate, by the name of a parameter
     edits: list[Edit] = field(default_factory=list)  # what was done to the structure, below what comes after it
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # that learn beside the model, and end with the fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from niwaki import artifact
+from niwaki import artifact, compose
+from niwaki.compression.distill.cosine import Cosine
+from niwaki.compression.distill.hidden import Hidden
+from niwaki.compression.distill.logits import Logits
+from niwaki.compression.distill.minilm import MiniLM
+from niwaki.compression.quantize.integers import IntegerLinear
 from niwaki.errors import ConfigError
-from niwaki.model.teacher import check_teacher, load_teacher
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.teacher import Teacher, Teachers, check_teacher, load_teacher, outline_of_teacher
+from niwaki.pipeline import run
+from niwaki.stage import refuse_conflicts
 
 FIELD = "compression.some_method.teacher"
 
@@ -111,3 +120,135 @@ def test_a_place_that_is_not_there(setting: Callable[..., Any]) -> None:
     one = setting()
     with pytest.raises(ConfigError, match="there is no such folder"):
         load_teacher("./nowhere", one.task, one.labels, one.tokenizer.get_vocab(), FIELD)
+
+
+def counting(one: Any) -> list[int]:
+    """A list that grows with each forward pass of the model."""
+    runs: list[int] = []
+    one.model.register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+def test_a_teacher_runs_once_for_all_terms_of_a_batch(setting: Callable[..., Any]) -> None:
+    one, other = setting(), setting(seed=1)
+    teacher, runs = Teacher(other.model), counting(other)
+    batch, next_one = one.batch(), one.batch()
+    effects = []
+    for stage in STAGES:
+
+        def load(*_: Any) -> Teacher:
+            teacher.terms += 1
+            return teacher
+
+        effects.append(stage.prepare(one.model, one.context(load_teacher=load)))
+    runs.clear()
+    terms = [term for effect in effects for term in effect.terms.values()]
+    first = [term(one.model(**one.task.inputs(batch)), batch).item() for term in terms]
+    assert len(runs) == 1
+    assert teacher._said is None  # let go when all have asked
+    again = [term(one.model(**one.task.inputs(next_one)), next_one).item() for term in terms]
+    assert len(runs) == 2
+    assert first == again
+    alone = [stage.prepare(one.model, one.context(load_teacher=lambda *_: Teacher(other.model))) for stage in STAGES]
+    values = [next(iter(e.terms.values()))(one.model(**one.task.inputs(batch)), batch).item() for e in alone]
+    assert values == pytest.approx(first, rel=1e-6)
+
+
+STAGES = (Logits(teacher="x"), Hidden(), MiniLM(), Cosine())
+
+
+def test_other_batches_are_not_mixed_up(setting: Callable[..., Any]) -> None:
+    one = setting()
+    teacher = Teacher(one.model)
+    teacher.terms = 2
+    batch = one.batch()
+    shorter = {name: part[:3] for name, part in batch.items()}
+    assert teacher(batch).outputs.logits.shape[0] == 8
+    assert teacher(shorter).outputs.logits.shape[0] == 3
+    assert torch.allclose(teacher(shorter).outputs.logits, one.logits()[:3], atol=1e-6)
+
+
+def test_the_teachers_of_a_run_are_loaded_once(setting: Callable[..., Any], place: Callable[..., str]) -> None:
+    one = setting()
+    where = place(one)
+    stages = [Logits(teacher=where), Hidden(precision="bf16"), Cosine(teacher=where)]
+    teachers = Teachers(stages, one.task, one.labels, one.tokenizer.get_vocab())
+    found = [teachers(stage.teacher, FIELD) for stage in stages]
+    assert found[0] is found[1] is found[2]
+    assert (found[0].terms, found[0].precision) == (3, "bf16")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_a_teacher_in_bf16(setting: Callable[..., Any], family: str) -> None:
+    one = setting(family)
+    expected = one.logits()
+    teacher = Teacher(one.model, "bf16")
+    assert {p.dtype for p in one.model.parameters()} == {torch.bfloat16}
+    said = teacher(one.batch()).outputs.logits
+    assert said.dtype == torch.bfloat16
+    assert (said.float() - expected).abs().max() < 0.03
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert teacher(one.batch()).outputs.logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_a_teacher_in_integers(setting: Callable[..., Any], family: str) -> None:
+    one = setting(family)
+    expected, names = one.logits(), list(Anatomy.of(one.model).linears())
+    teacher = Teacher(one.model, "int8")
+    linears = [one.model.get_submodule(name) for name in names]
+    assert all(isinstance(linear, IntegerLinear) and linear.runs_on_integers for linear in linears)
+    said = teacher(one.batch()).outputs.logits
+    assert not torch.equal(said, expected)
+    assert (said - expected).abs().max() < 0.03
+    teacher.watch(attention=True)
+    seen = teacher(one.batch()).seen
+    assert seen is not None
+    assert seen.flows[0].blocks == len(seen.flows[0].attentions) == 3
+    with pytest.raises(ConfigError, match=r"^compression\.x\.precision=int8: the teacher has integers already; leave"):
+        Teacher(one.model, "int8", "compression.x.teacher")
+
+
+def test_segments_for_a_teacher_that_has_none(setting: Callable[..., Any]) -> None:
+    one, other = setting(), setting("distilbert")
+    batch = one.batch({"text": ["a pine", "no"], "text_pair": ["cut", "it"], "label": ["yes", "no"]})
+    assert "token_type_ids" in batch
+    assert Teacher(other.model)(batch).outputs.logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prefix", "prompt", "adapter"])
+def test_the_outline_of_a_tuned_and_rounded_artifact(
+    setting: Callable[..., Any], place: Callable[..., str], tuning: str, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i}", "label": "yn"[i % 2]}) + "\n" for i in range(20)))
+    settings = ["data=files", f"data.train={rows}", "model=tiny-bert", "trainer=debug", "trainer.max_steps=1"]
+    settings += [f"tuning={tuning}", "logger=none", "callbacks=[]", "measure=scores"]
+    settings += ["compression=quantize/qat", "compression.qat.bits=4"]
+    config = compose.compose(settings).config
+    run(compose.build(config), tmp_path, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "load", lambda *_: pytest.fail("weights were read"))
+        seen = outline_of_teacher(str(tmp_path / "model"), setting().task, ("n", "y"))
+    assert [(flow.blocks, flow.states[1].shape) for flow in seen.flows] == [(3, (1, 3, 32))]
+    assert [kept.query.shape for kept in seen.flows[0].attentions] == [(1, 4, 3, 8)] * 3
+
+
+def conflict(*stages: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        refuse_conflicts(stages)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_who_names_the_teacher() -> None:
+    refuse_conflicts([Logits(teacher="a"), Hidden(), MiniLM()])
+    refuse_conflicts(
+        [Logits(teacher="a"), Hidden(teacher="b", precision="bf16"), MiniLM(teacher="a", precision="int8")]
+    )
+    assert conflict(Hidden(), MiniLM()).endswith("teacher: needs a hub name, a folder, or an artifact of this project")
+    said = conflict(Logits(teacher="a"), Hidden(teacher="b"), MiniLM())
+    assert said.startswith("compression.minilm.teacher: needs")
+    assert said.endswith("since the other terms have different ones (a and b)")
+    said = conflict(Logits(teacher="a", precision="bf16"), Hidden(precision="int8"))
+    assert said.startswith("compression.logits.precision=bf16 and compression.hidden.precision=int8: they share a tea")

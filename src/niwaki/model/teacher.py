@@ -2,30 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from niwaki import artifact
+from niwaki.edits import from_json
 from niwaki.errors import ConfigError
-from niwaki.model.anatomy import adapt
+from niwaki.model.anatomy import Anatomy, adapt
+from niwaki.model.capture import Flow, Recorder, Seen, outline, recorder_of
 from niwaki.model.embeddings import KeepTokens
-from niwaki.model.load import Pretrained, auto_class, located
+from niwaki.model.load import Pretrained, auto_class, has_segments, located
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
 
 
+Precision = Literal["fp32", "bf16", "int8"]
+
+
 @runtime_checkable
 class Taught(Protocol):
-    """A stage that learns from teachers."""
+    """A stage that learns from a teacher."""
+
+    teacher: str | None  # where it is; null: the one that another stage names
+    precision: Precision | None  # that it runs in; null: fp32, or what another stage with the same teacher says
 
     def teachers(self) -> dict[str, str]:
         """The fields of the config that name a teacher, and the hub name, folder or artifact that each names."""
         ...
+
+
+@runtime_checkable
+class LooksInside(Taught, Protocol):
+    """A stage that compares what flows through student and teacher."""
+
+    def compare_outlines(self, student: Seen, teacher: Seen) -> None:
+        """Raise ConfigError where what flows through the two cannot be compared, by its shapes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model made of a batch: the outputs of its forward pass, and what flowed through it where a term asks."""
+
+    outputs: Any
+    seen: Seen | None
+
+    @property
+    def flows(self) -> list[Flow]:
+        assert self.seen is not None, "nobody looked inside"
+        return self.seen.flows
+
+    @property
+    def last(self) -> Tensor:
+        assert self.seen is not None, "nobody looked inside"
+        return self.seen.last
+
+
+class Teacher:
+    """A model that is asked and never learns: in eval mode, without gradients, outside of every module.
+
+    It runs once for each batch, however many terms ask: `terms` of them do, and what it said is let go when all have.
+    fp32 follows the autocast around it. bf16 and int8 run as they are: all weights in bf16, or the linears of the
+    blocks in 8-bit integers as quantize/int8 has them (an integer product on a CPU, one of rounded numbers on a GPU).
+    """
+
+    def __init__(self, model: Any, precision: Precision = "fp32", field: str = "teacher") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.precision = precision
+        self.anatomy = Anatomy.of(model)
+        self.terms = 0
+        self._recorder: Recorder | None = None
+        self._batch: Mapping[str, Tensor] | None = None
+        self._said: Said | None = None
+        self._asked = 0
+        if precision == "bf16":
+            model.to(torch.bfloat16)
+        if precision == "int8":
+            to_int8(self.anatomy, field)
+
+    def watch(self, *, attention: bool) -> None:
+        """Have what flows through the blocks be part of what is said, with attentions where they are asked for."""
+        if self._recorder is None:
+            self._recorder = recorder_of(self.anatomy)
+            self._recorder.always = True
+        if attention:
+            self._recorder.watch_attention()
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Said:
+        if self._said is None or batch is not self._batch:
+            self._batch, self._said, self._asked = batch, self._say(batch), 0
+        said = self._said
+        self._asked += 1
+        if self._asked >= self.terms:
+            self._batch = self._said = None
+        return said
+
+    def _say(self, batch: Mapping[str, Tensor]) -> Said:
+        device = batch["input_ids"].device
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if has_segments(self.model.config) else [])]
+        inputs = {name: batch[name] for name in names if name in batch}
+        as_it_is = torch.autocast(device.type, enabled=False) if self.precision != "fp32" else nullcontext()
+        # Not inference mode, whose tensors no later gradient may pass by.
+        with torch.no_grad(), as_it_is:
+            outputs = self.model(**inputs)
+        seen = None
+        if self._recorder is not None:
+            seen, self._recorder.seen = self._recorder.seen, None
+        return Said(outputs, seen)
+
+
+def to_int8(anatomy: Anatomy, field: str) -> None:
+    """Round the linears of the blocks to 8-bit integers, one scale per output channel."""
+    from niwaki.compression.quantize.integers import UseIntegers, to_codes
+
+    linears = anatomy.linears()
+    if not linears:
+        raise ConfigError(f"{field.rpartition('.')[0]}.precision=int8: the teacher has integers already; leave it null")
+    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    model: Any = anatomy.model
+    UseIntegers(modules=list(linears), bits=8, group=None, activation_bits=8).apply(model)
+    for name, weight in weights.items():
+        codes, scale = to_codes(weight, 8)
+        model.get_submodule(name).store(codes.to(torch.int8), scale)
+
+
+def the_one(stages: Sequence[Any]) -> str:
+    """Where the teacher is that stages name, for one that names none."""
+    return next(stage.teacher for stage in stages if isinstance(stage, Taught) and stage.teacher)
+
+
+def precision_of(place: str, stages: Sequence[Any]) -> Precision:
+    """What a teacher runs in: what the stages that share it say, else fp32."""
+    sharing = [s for s in stages if isinstance(s, Taught) and (s.teacher or the_one(stages)) == place]
+    return next((s.precision for s in sharing if s.precision), "fp32")
 
 
 @dataclass(frozen=True)
@@ -75,6 +193,40 @@ def refuse_other_labels(place: str, theirs: Sequence[str], labels: Sequence[str]
     if labels and tuple(theirs) != tuple(labels):
         odd = sorted(set(theirs) ^ set(labels)) or [f"order {list(theirs)}, not {list(labels)}"]
         raise ConfigError(f"{field}={place!r}: its labels are not the student's ({', '.join(odd[:3])})")
+
+
+class Teachers:
+    """The teachers of a run, each loaded once."""
+
+    def __init__(
+        self, stages: Sequence[Any], task: Task, labels: Sequence[str], vocabulary: dict[str, int],
+        uncut: Uncut | None = None,
+    ) -> None:  # fmt: skip
+        self._stages = stages
+        self._task, self._labels, self._vocabulary, self._uncut = task, labels, vocabulary, uncut
+        self._teachers: dict[str, Teacher] = {}
+
+    def __call__(self, place: str | None, field: str) -> Teacher:
+        """The teacher at a place (null: the one that the stages name), for one more term."""
+        place = place or the_one(self._stages)
+        if place not in self._teachers:
+            model = load_teacher(place, self._task, self._labels, self._vocabulary, field, self._uncut)
+            self._teachers[place] = Teacher(model, precision_of(place, self._stages), field)
+        self._teachers[place].terms += 1
+        return self._teachers[place]
+
+
+def outline_of_teacher(place: str, task: Task, labels: Sequence[str]) -> Seen:
+    """The shapes of what flows through a teacher; none of its weights are read."""
+    place = located(place, "teacher")
+    if not artifact.is_artifact(place):
+        return outline(Anatomy.of(Pretrained(name=place).empty(task, labels)))
+    card = artifact.parse_card(Path(place))
+    with torch.device("meta"):
+        model = artifact.rebuild(
+            card["base_config"], [from_json(record) for record in card["edits"]], artifact.task_of(card), Path(place)
+        )
+    return outline(Anatomy.of(model))
 
 
 def load_teacher(

@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.compression.distill.logits import FIELD, Logits, TeacherTerm, softened_divergence
+from niwaki.compression.distill.distillation import Term
+from niwaki.compression.distill.logits import Logits, softened_divergence
 from niwaki.errors import ConfigError
+from niwaki.model.teacher import Teacher
+from niwaki.stage import refuse_conflicts
+
+FIELD = "compression.logits.teacher"
 
 KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")]
 
@@ -49,15 +54,16 @@ def test_the_gradient_keeps_its_size_as_the_temperature_rises() -> None:
     assert torch.allclose(student.grad, (student.detach() - teacher) / 3, atol=1e-3)  # type: ignore[arg-type]
 
 
-def pair(setting: Callable[..., Any], family: str, task: str) -> tuple[Any, Any, TeacherTerm]:
+def pair(setting: Callable[..., Any], family: str, task: str) -> tuple[Any, Any, Term]:
     """A student, its teacher, and the loss term between them."""
     one, other = setting(family, task, seed=0), setting(family, task, seed=1)
     for parameter in other.model.parameters():
         parameter.data *= 3
     stage = Logits(teacher="there", temperature=3.0, weight=0.7)
-    effects = stage.prepare(one.model, one.context(load_teacher=lambda *place: {("there", FIELD): other.model}[place]))
+    places = {("there", FIELD): Teacher(other.model)}
+    effects = stage.prepare(one.model, one.context(load_teacher=lambda *place: places[place]))
     (term,) = effects.terms.values()
-    assert isinstance(term, TeacherTerm)
+    assert isinstance(term, Term)
     return one, other, term
 
 
@@ -119,13 +125,13 @@ def test_the_teacher_gets_no_gradient_and_the_student_does(setting: Callable[...
 def test_the_teacher_is_in_eval_mode_even_if_it_comes_otherwise(setting: Callable[..., Any]) -> None:
     one, other = setting(), setting(seed=1)
     other.model.train()
-    Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda *_: other.model))
+    Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda *_: Teacher(other.model)))
     assert not any(module.training for module in other.model.modules())
 
 
 def test_the_learner_does_not_own_the_teacher(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one, other = setting(), setting(seed=1)
-    effects = Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda *_: other.model))
+    effects = Logits(teacher="x").prepare(one.model, one.context(load_teacher=lambda *_: Teacher(other.model)))
     learner = one.learner(effects=[effects])
     learner.train()
     assert not any(module.training for module in other.model.modules())
@@ -150,10 +156,110 @@ def test_a_fit_to_the_teacher_alone_comes_closer_to_it(setting: Callable[..., An
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({}, "teacher"), ({"teacher": "x", "temperature": 0.0}, "temperature"),
+        ({}, "teacher: needs a hub name"), ({"teacher": "x", "temperature": 0.0}, "temperature"),
         ({"teacher": "x", "weight": 0.0}, "weight"), ({"teacher": "x", "weight": -1.0}, "weight"),
+        ({"teacher": "x", "beta": 0.3}, "beta=0.3: has no effect with divergence=forward_kl; .*use jensen_shannon"),
+        ({"teacher": "x", "divergence": "jensen_shannon", "beta": 1.0}, "beta=1.0: needs a number above 0 and below"),
+        ({"teacher": "x", "divergence": "reverse_kl", "alpha": 0.3}, "alpha=0.3: has no effect"),
+        ({"teacher": "x", "divergence": "skewed_kl", "alpha": 0.0}, "alpha=0.0: needs"),
+        ({"teacher": "x", "top_k": 0}, "top_k=0: needs null or"),
+        ({"teacher": "x", "top_k": 3}, "top_k=3: has no effect, there are 3 classes"),
     ],
 )  # fmt: skip
-def test_refusals_name_the_field(fields: dict[str, Any], name: str) -> None:
+def test_refusals_name_the_field(setting: Callable[..., Any], fields: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^compression\.logits\.{name}"):
-        Logits(**fields)
+        build(setting, fields)
+
+
+def build(setting: Callable[..., Any], fields: dict[str, Any]) -> None:
+    """All that a run asks of it before weights are loaded."""
+    stage, anatomy = Logits(**fields), setting().context().anatomy
+    refuse_conflicts([stage])
+    stage.check(anatomy, {})
+
+
+def test_as_many_likeliest_tokens_as_a_language_model_has(setting: Callable[..., Any]) -> None:
+    one = setting("llama", "causal_lm")
+    words, anatomy = len(one.tokenizer), one.context().anatomy
+    Logits(teacher="x", top_k=words - 1).check(anatomy, {})
+    with pytest.raises(ConfigError, match=rf"top_k={words}: has no effect, there are {words} classes; leave it null$"):
+        Logits(teacher="x", top_k=words).check(anatomy, {})
+
+
+def mixture(first: list[float], second: list[float], share: float) -> list[float]:
+    return [share * a + (1 - share) * b for a, b in zip(first, second, strict=True)]
+
+
+def kl(first: list[float], second: list[float]) -> float:
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(first, second, strict=True))
+
+
+def formula(name: str, p: list[float], q: list[float]) -> float:
+    """The papers' divergences of teacher p and student q, with GKD's beta 0.3 and DistiLLM's alpha 0.2."""
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "jensen_shannon":
+        return 0.3 * kl(p, mixture(p, q, 0.3)) + 0.7 * kl(q, mixture(p, q, 0.3))
+    if name == "skewed_kl":
+        return kl(p, mixture(p, q, 0.2))
+    return kl(q, mixture(p, q, 0.8))
+
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "forward_kl": {}, "reverse_kl": {}, "jensen_shannon": {"beta": 0.3}, "skewed_kl": {"alpha": 0.2},
+    "skewed_reverse_kl": {"alpha": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_every_divergence_is_that_of_its_paper(name: Any, top_k: int | None) -> None:
+    student, teacher = torch.randn(5, 6), torch.randn(5, 6) * 2
+    measure = Logits(teacher="x", divergence=name, **SETTINGS[name]).measure()  # type: ignore[arg-type]
+    value = softened_divergence(student, teacher, 3.0, measure, top_k)
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        p, q = softmax(t, 3.0), softmax(s, 3.0)
+        if top_k:
+            likeliest = sorted(range(6), key=lambda i: -p[i])[:top_k]
+            others = [i for i in range(6) if i not in likeliest]
+            p, q = ([row[i] for i in likeliest] + [sum(row[i] for i in others)] for row in (p, q))
+        total += formula(name, p, q)
+    assert value.item() == pytest.approx(9 * total / 5, rel=1e-4)
+    assert softened_divergence(teacher, teacher, 3.0, measure, top_k).item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_divergence_learns_and_stays_finite_far_away(name: Any) -> None:
+    student = torch.tensor([[200.0, -200.0, 0.0, 1.0]], requires_grad=True)
+    measure = Logits(teacher="x", divergence=name, **SETTINGS[name]).measure()  # type: ignore[arg-type]
+    for top_k in (None, 2):
+        student.grad = None
+        softened_divergence(student, torch.tensor([[-150.0, 150.0, 0.0, 1.0]]), 1.0, measure, top_k).backward()
+        assert student.grad is not None
+        assert bool(torch.isfinite(student.grad).all())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_loss_keeps_its_size_as_the_temperature_rises(name: Any) -> None:
+    """The square of the temperature is what makes it so, in every divergence."""
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    measure = Logits(teacher="x", divergence=name, **SETTINGS[name]).measure()  # type: ignore[arg-type]
+    values = [softened_divergence(student, teacher, t, measure).item() for t in (30.0, 60.0)]
+    assert values[0] == pytest.approx(values[1], rel=0.1)
+    assert values[0] > 1e-3
+
+
+def test_the_default_is_torch_s_own_kl_bit_for_bit() -> None:
+    student, teacher = torch.randn(7, 9), torch.randn(7, 9)
+    logs = [torch.log_softmax(logits / 2.0, dim=-1) for logits in (student, teacher)]
+    expected = 4.0 * torch.nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
+    assert torch.equal(softened_divergence(student, teacher, 2.0, Logits(teacher="x").measure()), expected)
+
+
+def test_rows_of_an_embedding_behind_the_vocabulary_do_not_count() -> None:
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    padded = torch.cat([teacher, torch.full((3, 2), 9.0)], dim=-1)
+    assert torch.equal(softened_divergence(student, padded, 2.0), softened_divergence(student, teacher, 2.0))

@@ -234,8 +234,8 @@ def test_a_teacher_of_the_cut_vocabulary_and_one_of_another(files: list[str], tm
     recipe = recipe_of("classification", place, files, *taught, "trainer.max_epochs=1")
     corpus = read(recipe)
     context = context_of(recipe, corpus, recipe.model.load(recipe.task, corpus.labels, 0))
-    teacher: Any = context.load_teacher(str(tmp_path / "teacher"), "field")
-    assert teacher.config.vocab_size == len(corpus.tokens)
+    teacher = context.load_teacher(str(tmp_path / "teacher"), "field")
+    assert teacher.model.config.vocab_size == len(corpus.tokens)
     other = recipe_of(
         "classification", place, files, *taught, "compression.vocabulary.min_count=3", "trainer.max_epochs=1"
     )

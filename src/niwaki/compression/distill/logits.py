@@ -4,83 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from niwaki.compression.distill import divergence
+from niwaki.compression.distill.distillation import Distillation, Lesson
 from niwaki.errors import ConfigError
-from niwaki.stage import Context, Effects, Phase, Stage
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.teacher import Said, Teacher
+from niwaki.stage import Context
 
-FIELD = "compression.logits.teacher"
+SKEWED = ("skewed_kl", "skewed_reverse_kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logits(Stage):
-    """weight * T^2 * KL(softmax(z_teacher / T) || softmax(z_student / T)), mean over the positions that count.
+class Logits(Distillation):
+    """weight * T^2 * D(softmax(z_teacher / T), softmax(z_student / T)), mean over the positions that count.
 
-    `teacher`: a hub name, a folder, or an artifact of this project, with a head for the same task and labels.
-    The task's own loss is weighed by `task_weight` at the root of the config (0 learns from the teacher alone).
+    D, with p the teacher and q the student: forward_kl KL(p || q); reverse_kl KL(q || p); jensen_shannon, `beta`
+    KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al. 2023, arXiv:2306.13649); skewed_kl
+    KL(p || alpha p + (1 - alpha) q), skewed_reverse_kl KL(q || alpha q + (1 - alpha) p) (Ko et al. 2024,
+    arXiv:2402.03898).
+    `top_k`: of the classes that the teacher finds likeliest, and all others as one. The task's own loss is weighed by
+    `task_weight` at the root of the config (0 learns from the teacher alone).
     """
 
-    phase: ClassVar[Phase] = Phase.OBJECTIVE
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
 
-    teacher: str | None = None
     temperature: float = 2.0
-    weight: float = 1.0
+    divergence: divergence.Name = "forward_kl"
+    beta: float | None = None
+    alpha: float | None = None
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.teacher is None:
-            raise ConfigError(f"{FIELD}: needs a hub name, a folder, or an artifact of this project")
+        super().__post_init__()
         if self.temperature <= 0:
             raise ConfigError(f"compression.logits.temperature={self.temperature}: needs a number above 0")
-        if self.weight <= 0:
-            raise ConfigError(f"compression.logits.weight={self.weight}: needs a number above 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"compression.logits.top_k={self.top_k}: needs null or a whole number of at least 1")
+        for name, users in (("beta", ("jensen_shannon",)), ("alpha", SKEWED)):
+            value = getattr(self, name)
+            if value is not None and self.divergence not in users:
+                raise ConfigError(
+                    f"compression.logits.{name}={value}: has no effect with divergence={self.divergence}; leave it "
+                    f"null, or use {' or '.join(users)}"
+                )
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(f"compression.logits.{name}={value}: needs a number above 0 and below 1")
 
-    def teachers(self) -> dict[str, str]:
-        """The fields that name a teacher, and where it is."""
-        return {FIELD: str(self.teacher)}
+    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
+        config: Any = anatomy.model.config
+        output = anatomy.model.get_output_embeddings()  # type: ignore[operator]
+        classes = config.num_labels if output is None else output.weight.shape[0]
+        if self.top_k is not None and self.top_k >= classes:
+            raise ConfigError(
+                f"compression.logits.top_k={self.top_k}: has no effect, there are {classes} classes; leave it null"
+            )
 
-    def needs_fit(self) -> str:
-        return "compression.logits: has no effect with trainer.max_epochs=0; a student learns in a fit"
+    def lesson(self, context: Context, teacher: Teacher) -> Lesson:
+        def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
+            ours, theirs = (context.predictions(said.outputs, batch) for said in (student, teacher))
+            return softened_divergence(ours, theirs, self.temperature, self.measure(), self.top_k)
 
-    def prepare(self, model: nn.Module, context: Context) -> Effects:
-        assert self.teacher is not None
-        term = TeacherTerm(
-            context.load_teacher(self.teacher, FIELD), context.predictions, self.temperature, self.weight
-        )
-        return Effects(terms={"distill/logits": term})
+        return Lesson(compare)
 
-
-class TeacherTerm:
-    """The loss term. It holds the teacher, in eval mode and without gradients, outside of every module."""
-
-    def __init__(
-        self, teacher: nn.Module, predictions: Callable[[Any, Mapping[str, Tensor]], Tensor],
-        temperature: float, weight: float,
-    ) -> None:  # fmt: skip
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.predictions = predictions
-        self.temperature = temperature
-        self.weight = weight
-
-    def __call__(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        device = batch["input_ids"].device
-        if next(self.teacher.parameters()).device != device:
-            self.teacher.to(device)
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        with torch.inference_mode():
-            said = self.teacher(**{name: batch[name] for name in names if name in batch})
-            target = self.predictions(said, batch)
-        student = self.predictions(outputs, batch)
-        return self.weight * softened_divergence(student, target.clone(), self.temperature)
+    def measure(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The divergence, of the logarithms of (student, teacher)."""
+        beta, alpha = self.beta or 0.5, self.alpha or 0.1
+        measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "forward_kl": lambda student, teacher: divergence.kl(teacher, student),
+            "reverse_kl": divergence.kl,
+            "jensen_shannon": partial(divergence.jensen_shannon, beta=beta),
+            "skewed_kl": partial(divergence.skewed_kl, alpha=alpha),
+            "skewed_reverse_kl": partial(divergence.skewed_reverse_kl, alpha=alpha),
+        }
+        return measures[self.divergence]
 
 
-def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of the softened distributions, mean over rows; both logits (n, classes)."""
-    log_student = functional.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = functional.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return temperature**2 * divergence
+def softened_divergence(
+    student: Tensor, teacher: Tensor, temperature: float,
+    measure: Callable[[Tensor, Tensor], Tensor] | None = None, top_k: int | None = None,
+) -> Tensor:  # fmt: skip
+    """T^2 times the divergence of the softened distributions (forward KL unless told otherwise), mean over rows; both
+    logits (n, classes). Classes that only one has are none: embeddings are often padded behind the vocabulary."""
+    classes = min(student.shape[-1], teacher.shape[-1])
+    logs = [
+        functional.log_softmax(logits[..., :classes].float() / temperature, dim=-1) for logits in (student, teacher)
+    ]
+    ours, theirs = divergence.top_and_rest(logs[0], logs[1], top_k) if top_k else logs
+    found = measure(ours, theirs) if measure else divergence.kl(theirs, ours)
+    return temperature**2 * found

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from niwaki.compression.distill.distillation import Lesson, inside
 from niwaki.compression.prune.cofi_masks import (
     MULTIPLIERS,
     CoFiSchedule,
     Multipliers,
     SizePenalty,
+    SublayerMask,
     add_masks,
     last_step,
     masks_of,
     real_sparsity,
     take_masks,
 )
-from niwaki.compression.prune.layer_match import PROJECTION, LayerMatch
+from niwaki.compression.prune.layer_match import LayerMatch
 from niwaki.compression.prune.structured import Structured, cut_records, told
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.cut_units import CutUnits, cut_all, tell_config
+from niwaki.model.teacher import Precision
 from niwaki.model.units import Kind, units_of
 from niwaki.stage import Context, Effects, Phase, Stage
 
@@ -45,7 +48,7 @@ class CoFi(Stage):
 
     `masks`: what is masked: heads, neurons, and whole sublayers (attention, feed_forward). `lr_factor`: learning rate
     of masks and multipliers over that of the rest (the paper's 0.01 over 2e-5). `teacher`: a hub name, a folder or an
-    artifact, for distillation of hidden states, weighed by `layer_weight`.
+    artifact, for distillation of hidden states, weighed by `layer_weight`; `precision`: that it runs in.
     """
 
     phase: ClassVar[Phase] = Phase.SHAPE
@@ -59,6 +62,7 @@ class CoFi(Stage):
     end: float = 0.6
     lr_factor: float = 500.0
     teacher: str | None = None
+    precision: Precision | None = None
     layer_weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,8 +76,9 @@ class CoFi(Stage):
             raise ConfigError(f"{FIELD}.lr_factor={self.lr_factor}: needs a number above 0")
         if self.layer_weight is not None and self.layer_weight <= 0:
             raise ConfigError(f"{FIELD}.layer_weight={self.layer_weight}: needs null or a number above 0")
-        if self.layer_weight is not None and self.teacher is None:
-            raise ConfigError(f"{FIELD}.layer_weight={self.layer_weight}: has no effect without {FIELD}.teacher")
+        for name in ("layer_weight", "precision"):
+            if getattr(self, name) is not None and self.teacher is None:
+                raise ConfigError(f"{FIELD}.{name}={getattr(self, name)}: has no effect without {FIELD}.teacher")
 
     def teachers(self) -> dict[str, str]:
         """The field that names the teacher, if there is one, and where it is."""
@@ -133,34 +138,30 @@ class CoFi(Stage):
             terms={self.name: penalty}, settled=settles,
             lr_factors={n: self.lr_factor for n, p in model.named_parameters() if id(p) in learning},
         )  # fmt: skip
-        extra = self._distill(model, context, effects)
-        effects.callbacks.append(CoFiSchedule(model, penalty, extra, settles))
-        return effects
+        effects.callbacks.append(CoFiSchedule(model, penalty, settles))
+        return self._with_teacher(effects, masks, context) if self.teacher else effects
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
         masks = masks_of(model)
         context.facts["cofi_sparsity"] = real_sparsity(masks)
         stays = take_masks(model, masks)
         delattr(model, MULTIPLIERS)
-        if hasattr(model, PROJECTION):
-            getattr(model, PROJECTION).match.remove()
-            delattr(model, PROJECTION)
         return [self._cut(context, kind, stays) for kind in KINDS]
 
-    def _distill(self, model: nn.Module, context: Context, effects: Effects) -> list[nn.Module]:
-        """Add the teacher's term; what learns with it."""
-        if self.teacher is None:
-            return []
+    def _with_teacher(self, effects: Effects, masks: Sequence[SublayerMask], context: Context) -> Effects:
+        """The same, with the teacher's term."""
         teacher = context.load_teacher(self.teacher, f"{FIELD}.teacher")
-        projection: Any = identity(width_of(context.anatomy), width_of(Anatomy.of(teacher)), context.seed)
-        model.add_module(PROJECTION, projection.to(next(model.parameters()).device))
+        projection: Any = identity(width_of(context.anatomy), width_of(teacher.anatomy), context.seed)
         stack = context.anatomy.stacks[0]
-        last = [mask for mask in masks_of(model) if mask.units.kind == "neurons" and mask.units.stack is stack]
-        weight = 1.0 if self.layer_weight is None else self.layer_weight
-        match = LayerMatch(model, teacher, projection, weight, lambda: [bool(mask.factors().any()) for mask in last])
-        projection.match = match
-        effects.terms[f"{self.name} layers"] = match
-        return [projection]
+        last = [mask for mask in masks if mask.units.kind == "neurons" and mask.units.stack is stack]
+        match = LayerMatch(projection, lambda: [bool(mask.factors().any()) for mask in last])
+        name = f"{self.name} layers"
+        lesson = Lesson(match, {name: projection})
+        taught = inside(context.anatomy, teacher, name, lesson, self.layer_weight or 1.0)
+        return replace(
+            effects, terms=effects.terms | taught.terms, modules=taught.modules,
+            callbacks=[*effects.callbacks, *taught.callbacks],
+        )  # fmt: skip
 
     def _cut(self, context: Context, kind: Kind, stays: Mapping[str, list[int]]) -> Edit:
         found = units_of(context.anatomy, kind)
@@ -181,7 +182,7 @@ def width_of(anatomy: Anatomy) -> int:
 
 
 def identity(inputs: int, outputs: int, seed: int) -> nn.Linear:
-    """W_layer at the start: the identity between equal widths, else random."""
+    """A linear that is the identity between equal widths, else random."""
     linear = nn.Linear(inputs, outputs, bias=False)
     with torch.no_grad():
         if inputs == outputs:

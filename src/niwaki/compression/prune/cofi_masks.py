@@ -194,10 +194,10 @@ def real_sparsity(masks: Sequence[SublayerMask]) -> float:
 class CoFiSchedule(pl.Callback):
     """Puts the masks to work when the fit begins, and settles them at `last_step`."""
 
-    def __init__(self, model: nn.Module, penalty: SizePenalty, extra: Sequence[nn.Module], last_step: int) -> None:
+    def __init__(self, model: nn.Module, penalty: SizePenalty, last_step: int) -> None:
         self.model = model
         self.penalty = penalty
-        self.learning = [*penalty.masks, penalty.multipliers, *extra]
+        self.learning = [*penalty.masks, penalty.multipliers]
         self.last_step = last_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -1,0 +1,53 @@
+"""Divergences of two distributions given by their logarithms, each a mean over rows (n, classes)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Name = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl"]
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second)."""
+    return functional.kl_div(second, first, reduction="batchmean", log_target=True)
+
+
+def mixed(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """log of share * first + (1 - share) * second."""
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, of teacher p and student q (GKD, Agarwal et
+    al. 2023, arXiv:2306.13649)."""
+    middle = mixed(teacher, student, beta)
+    return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
+
+
+def skewed_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q) (DistiLLM, Ko et al. 2024, arXiv:2402.03898)."""
+    return kl(teacher, mixed(teacher, student, alpha))
+
+
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """KL(q || (1 - alpha) p + alpha q) (DistiLLM)."""
+    return kl(student, mixed(student, teacher, alpha))
+
+
+def top_and_rest(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the `count` classes that the teacher finds likeliest, and of all the others together: both
+    (n, count + 1). So what the student gives to the others counts, which it would not if these were left out; and no
+    divergence is larger than that of all classes."""
+    places = teacher.topk(count, dim=-1).indices
+    rest = torch.ones_like(teacher, dtype=torch.bool).scatter(-1, places, False)
+
+    def gathered(logs: Tensor) -> Tensor:
+        others = logs.masked_fill(~rest, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logs.gather(-1, places), others], dim=-1)
+
+    return gathered(student), gathered(teacher)
