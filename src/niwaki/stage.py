@@ -98,7 +98,7 @@ class Stage(abc.ABC):
     phase: ClassVar[Phase]
     during_fit: ClassVar[bool] = True
     leaves_out_blocks: ClassVar[bool] = False  # as model.layers does
-    turn: ClassVar[int] = 0  # within its phase: 0 blocks, 1 widths of those that stay, 2 linears of those widths
+    turn: ClassVar[int] = 0  # in its phase: 0 blocks and what flows between them, 1 units inside of them, 2 linears
     leaves_out_units: ClassVar[bool] = False  # heads, neurons: rows and columns of linears
     paper: ClassVar[str]
 

@@ -77,6 +77,7 @@ class Family:
     reads_end: bool = False  # the head of its classifier reads the last end token of a row
     positions: Callable[[Any], int | None] = table_of_positions  # config -> tokens that can be read at once
     fixed: Callable[[Any], str | None] = lambda config: None  # config -> why no block can be left out
+    beside_stream: tuple[str, ...] = ()  # tables of the backbone that blocks read beside what flows through them
     edits: Callable[[Any], list[Edit]] = lambda config: []  # config -> what a model is changed to when it is loaded
     # (attention, the heads of the whole model that it still has): mends what else there is for each head
     heads_cut: Callable[[nn.Module, Sequence[int]], None] = lambda attention, heads: None

@@ -237,7 +237,9 @@ def outline(anatomy: Anatomy) -> Seen:
     before = recorder.always, recorder.watches_attention, model.training
     try:
         recorder.always = True
-        with torch.no_grad(), shapes_alone(model), attending_to_nothing(anatomy, recorder):
+        if tells_attention(anatomy):
+            recorder.watch_attention()
+        with torch.no_grad(), shapes_alone(model), attending_to_nothing(anatomy):
             anatomy.backbone.eval()(**probe_inputs(anatomy))
         assert recorder.seen is not None
         return recorder.seen
@@ -251,8 +253,8 @@ def outline(anatomy: Anatomy) -> Seen:
 
 
 @contextmanager
-def attending_to_nothing(anatomy: Anatomy, recorder: Recorder) -> Iterator[None]:
-    """Let the model attend to nothing, and tell the recorder of it, where it asks transformers for its function."""
+def attending_to_nothing(anatomy: Anatomy) -> Iterator[None]:
+    """Let the model attend to nothing, where it asks transformers for its function: an empty one can."""
     from transformers import AttentionInterface
 
     if not tells_attention(anatomy):
@@ -262,7 +264,6 @@ def attending_to_nothing(anatomy: Anatomy, recorder: Recorder) -> Iterator[None]
     before = model.config._attn_implementation
     AttentionInterface.register(PROBE, attend_to_nothing)  # without a function for masks: none are made
     model.set_attn_implementation(PROBE)
-    recorder.watch_attention()
     try:
         yield
     finally:

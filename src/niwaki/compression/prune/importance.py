@@ -1,4 +1,4 @@
-"""How much a head or a neuron matters: its weights, its activation, or what the loss would lose without it.
+"""How much a head, a neuron or a channel matters: its weights, its activation, or what the loss would lose without it.
 
 Taylor: Molchanov et al. 2017 (arXiv:1611.06440), for heads Michel et al. 2019 (arXiv:1905.10650).
 """
@@ -6,11 +6,13 @@ Taylor: Molchanov et al. 2017 (arXiv:1611.06440), for heads Michel et al. 2019 (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from niwaki.model.stream import Stream
 from niwaki.model.units import Units
 from niwaki.stage import Context
 
@@ -24,6 +26,15 @@ def magnitude(model: nn.Module, units: Units) -> Tensor:
         return torch.stack(squares).sum(0).sqrt()
 
 
+class Parted(Protocol):
+    """Something of `count` parts, of so many neighbouring `columns` each."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+
 class Meter:
     """Forward pre-hook of what reads the units: gathers |activation|, or the Taylor term of each text.
 
@@ -31,7 +42,7 @@ class Meter:
     block that is used several times has one xi. It is 1, or what a `gate` says: a closed unit is measured too.
     """
 
-    def __init__(self, units: Units, kind: Importance, gate: Any = None) -> None:
+    def __init__(self, units: Parted, kind: Importance, gate: Any = None) -> None:
         self.units = units
         self.kind = kind
         self.gate = gate
@@ -92,7 +103,42 @@ def measure(
     if kind == "magnitude":
         return [magnitude(model, units) for units in all_units]
     meters = [Meter(units, kind) for units in all_units]
-    hooks = [model.get_submodule(m.units.output).register_forward_pre_hook(m) for m in meters]
+    hooks = [
+        model.get_submodule(units.output).register_forward_pre_hook(meter)
+        for units, meter in zip(all_units, meters, strict=True)
+    ]
+    return gathered(model, meters, hooks, rows, context)
+
+
+def measure_channels(model: nn.Module, stream: Stream, kind: Importance, rows: int, context: Context) -> Tensor:
+    """The importance of the channels of the residual stream, (width,): the l2 norm of all weights at it, or what the
+    norms in it give, which have one xi between them. The model is left as it was."""
+    if kind == "magnitude":
+        with torch.no_grad():
+            squares = [tensor.square().transpose(0, dim).flatten(1).sum(1) if tensor.dim() > 1 else tensor.square()
+                       for tensor, dim in stream.slices(model)]  # fmt: skip
+            return torch.stack(squares).sum(0).sqrt()
+    meter = Meter(Channels(stream.width), kind)
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> Any:
+        return meter(module, (output,))[0] if output.dim() == 3 else None  # and no table of positions
+
+    hooks = [model.get_submodule(name).register_forward_hook(look) for name in stream.norms]
+    return gathered(model, [meter], hooks, rows, context)[0]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Parts of one column each."""
+
+    count: int
+    columns: int = 1
+
+
+def gathered(
+    model: nn.Module, meters: Sequence[Meter], hooks: Sequence[Any], rows: int, context: Context
+) -> list[Tensor]:
+    """What the meters tell of calibration rows, a mean, each (units,). The hooks are taken off."""
     was_training = model.training
     model.eval()
     try:

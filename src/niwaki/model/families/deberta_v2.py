@@ -34,4 +34,5 @@ FAMILY = Family(
     causal=False,
     post_norm=True,
     positions=positions,
+    beside_stream=("encoder.rel_embeddings",),
 )
