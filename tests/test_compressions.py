@@ -16,7 +16,7 @@ from niwaki.errors import ConfigError
 from niwaki.recipe import Recipe
 
 SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their defaults do, without "compression."
-    "prune/cofi": ["cofi.teacher={teacher}"],
+    "prune/cofi": ["cofi.teacher={teacher}", "cofi.masks=[heads,neurons,hidden]"],
     "prune/heads": ["heads.schedule=cubic", "heads.importance=taylor", "heads.interval=2", "heads.end=1.0"],
     "prune/neurons": ["neurons.scope=global", "neurons.importance=activation"],
     "prune/vocabulary": ["vocabulary.alphabet=false"],  # the tokens of the tiny models are characters

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from niwaki.compression.factorize.low_rank import LowRankLinear
 from niwaki.edits import Edit
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import attending_to_nothing, shapes_alone
@@ -26,11 +27,12 @@ from niwaki.weights import Packed
 
 @dataclass(frozen=True)
 class Stream:
-    """The names of the modules at a stream of so many channels: `tables` of embeddings and linears that write to it,
-    linears that read it, and norms over its channels."""
+    """The names of the modules at a stream of so many channels: `tables` of embeddings and linears that write to it
+    (`entrances` are those in front of the blocks), linears that read it, and norms over its channels."""
 
     width: int
     tables: tuple[str, ...]
+    entrances: tuple[str, ...]
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     norms: tuple[str, ...]
@@ -55,7 +57,7 @@ def stream_of(anatomy: Anatomy) -> Stream:
     Raises:
         ValueError: something at the stream is not known, or is stored as codes.
     """
-    tables, writers, norms = entrance(anatomy)
+    tables, entrances, norms = entrance(anatomy)
     with dyed(anatomy) as dye:
         for table in beside(anatomy):
             table.weight.requires_grad_()
@@ -66,7 +68,7 @@ def stream_of(anatomy: Anatomy) -> Stream:
     tables += [names[id(table)] for table in beside(anatomy)]
     stream = Stream(
         width=int(anatomy.model.get_submodule(inside[0]).out_features),  # type: ignore[arg-type]
-        tables=tuple(tables), writers=(*writers, *inside), readers=tuple(dye.readers),
+        tables=tuple(tables), entrances=tuple(entrances), writers=(*entrances, *inside), readers=tuple(dye.readers),
         norms=tuple(dict.fromkeys((*norms, *dye.norms))),
     )  # fmt: skip
     check(anatomy.model, stream)
@@ -87,7 +89,10 @@ def ends(anatomy: Anatomy, part: str) -> list[str]:
 
 def last_linear(model: nn.Module, place: str) -> str:
     """The linear that has the last word in what stands at a place: it, or the last factor of it."""
-    inner = [name for name, module in model.get_submodule(place).named_modules() if hasattr(module, "out_features")]
+    standing = model.get_submodule(place)
+    inner = [name for name, module in standing.named_modules() if isinstance(module, nn.Linear)]
+    if not inner or (inner[0] and not isinstance(standing, LowRankLinear)):
+        raise ValueError(f"{place} holds more than a linear")
     return ".".join(filter(None, (place, inner[-1])))
 
 

@@ -12,21 +12,23 @@ import torch
 from niwaki.compression.prune import hard_concrete
 from niwaki.compression.prune.cofi import CoFi
 from niwaki.compression.prune.cofi_masks import (
+    Masks,
     Multipliers,
     SizePenalty,
     add_masks,
-    expected_sparsity,
     last_step,
     masks_of,
 )
 from niwaki.compression.prune.heads import Heads
 from niwaki.compression.prune.layer_match import matched_distance, spread
 from niwaki.compression.prune.magnitude import Magnitude
+from niwaki.compression.prune.stream_mask import add_stream_mask, norm_of
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
+from niwaki.model.stream import stream_of
 from niwaki.model.teacher import Teacher
-from niwaki.model.tiny import Tiny
+from niwaki.model.tiny import FAMILIES, Tiny
 from niwaki.model.units import units_of
 from niwaki.optimizer import AdamW
 from niwaki.stage import refuse_conflicts
@@ -85,7 +87,7 @@ def test_expected_sparsity_is_the_papers_sum(setting: Callable[..., Any]) -> Non
         for j in range(4 if mask.units.kind == "heads" else 64):
             size += each * p(float(mask.layer.detach()[0])) * p(float(mask.unit.detach()[j]))
     whole = 3 * (4 * 32 * 32 + 2 * 32 * 64)
-    assert float(expected_sparsity(masks).detach()) == pytest.approx(1 - size / whole, rel=1e-5)
+    assert float(Masks(masks).expected_sparsity().detach()) == pytest.approx(1 - size / whole, rel=1e-5)
     assert len(masks) == 6
 
 
@@ -103,7 +105,7 @@ def test_the_multipliers_climb_and_the_masks_descend() -> None:
 
 
 def test_the_target_grows_linearly() -> None:
-    penalty = SizePenalty([], Multipliers("cpu"), 0.8, 4)
+    penalty = SizePenalty(Masks([]), Multipliers("cpu"), 0.8, 4)
     assert [penalty.target_at(step) for step in (0, 1, 2, 4, 9)] == pytest.approx([0, 0.2, 0.4, 0.8, 0.8])
     assert [last_step(0.6, steps) for steps in (1, 5, 6, 10)] == [1, 3, 4, 6]
 
@@ -138,14 +140,63 @@ def test_the_multipliers_bring_the_expected_size_to_its_target(setting: Callable
     anatomy = Anatomy.of(one.model)
     found = [*units_of(anatomy, "heads"), *units_of(anatomy, "neurons")]
     masks = add_masks(one.model, found, ("heads", "neurons", "attention", "feed_forward"), 0)
-    penalty = SizePenalty(masks, Multipliers("cpu"), target, 200)
+    penalty = SizePenalty(Masks(masks), Multipliers("cpu"), target, 200)
     learning = [p for module in (*masks, penalty.multipliers) for p in module.parameters()]
     optimizer = torch.optim.AdamW(learning, lr=0.05, weight_decay=0.0)
     for penalty.step in range(800):
         optimizer.zero_grad()
         penalty(None, {}).backward()
         optimizer.step()
-    assert float(expected_sparsity(masks).detach()) == pytest.approx(target, abs=0.01)
+    assert float(Masks(masks).expected_sparsity().detach()) == pytest.approx(target, abs=0.01)
+
+
+def test_channels_count_in_the_expected_sparsity(setting: Callable[..., Any]) -> None:
+    """Each weight of a unit belongs to one channel: sum over units and channels of P(z_unit) P(z_channel)."""
+    one = setting()
+    anatomy = Anatomy.of(one.model)
+    sublayers = add_masks(one.model, units_of(anatomy, "neurons"), ("neurons",), 0)
+    stream = add_stream_mask(one.model, stream_of(anatomy), 0)
+    assert stream is not None
+    stream.channel.data.copy_(torch.linspace(-3, 3, 32))
+    size = sum(
+        2 * float(unit) * float(channel)
+        for mask in sublayers
+        for unit in mask.probability().detach()
+        for channel in stream.probability().detach()
+    )
+    found = Masks(sublayers, stream).expected_sparsity()
+    assert float(found.detach()) == pytest.approx(1 - size / (3 * 2 * 64 * 32), rel=1e-5)
+
+
+def test_a_norm_over_the_channels_that_stay_by_hand() -> None:
+    norm, stays = torch.nn.LayerNorm(6), torch.tensor([0, 2, 5])
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    values = torch.randn(2, 3, 6)
+    left = values[..., stays]
+    mean, variance = left.mean(-1, keepdim=True), left.var(-1, unbiased=False, keepdim=True)
+    expected = (left - mean) / (variance + norm.eps).sqrt() * norm.weight[stays] + norm.bias[stays]
+    torch.testing.assert_close(norm_of(norm, values, stays), expected)
+    assert norm.normalized_shape == (6,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_channels_are_cut(setting: Callable[..., Any], train: Callable[..., Any], family: str) -> None:
+    one = setting(family)
+    stage = CoFi(sparsity=0.5, masks=["neurons", "hidden"], warmup=0.1, end=0.5)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in one.model.modules())  # T5 has some
+    context = one.context(steps=4)
+    effects = stage.prepare(one.model, context)
+    mask: Any = one.model.cofi_stream_mask
+    with torch.no_grad():
+        mask.channel[:20] = -12.0
+    train(one.learner(AdamW(lr=1e-3), [effects], 4), [one.batch()] * 4, callbacks=effects.callbacks)
+    masked = one.logits()
+    edits = stage.finalize(one.model, context)
+    assert edits[0].to_json()["kept"] == len(context.facts["kept_channels"]) == 12
+    assert float((one.logits() - masked).abs().max()) < 1e-5
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in one.model.modules()) == hooks
+    assert not [name for name in one.model.state_dict() if "cofi" in name]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -206,7 +257,7 @@ def test_a_tuning_that_freezes_does_not_freeze_the_masks(
     context = one.context(steps=3)
     effects = CoFi(masks=["heads"], end=1.0).prepare(one.model, context)
     LoRA(rank=2).prepare(one.model, context)
-    masks = masks_of(one.model)
+    masks = masks_of(one.model).sublayers
     before = [mask.unit.detach().clone() for mask in masks]
     assert not any(mask.unit.requires_grad for mask in masks)
     train(one.learner(AdamW(lr=0.01), [effects], 3), [one.batch()] * 3, callbacks=effects.callbacks)

@@ -21,11 +21,17 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=False)
         self.up.bias = bias  # type: ignore[assignment]
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
 
     @property
     def bias(self) -> Any:

@@ -13,28 +13,32 @@ from niwaki.compression.distill.distillation import Lesson, inside
 from niwaki.compression.prune.cofi_masks import (
     MULTIPLIERS,
     CoFiSchedule,
+    Masks,
     Multipliers,
     SizePenalty,
     SublayerMask,
     add_masks,
     last_step,
     masks_of,
-    real_sparsity,
     take_masks,
 )
 from niwaki.compression.prune.layer_match import LayerMatch
+from niwaki.compression.prune.stream_mask import STREAM_MASK, StreamMask, add_stream_mask, cut_stream_records
 from niwaki.compression.prune.structured import Structured, cut_records, told
+from niwaki.compression.prune.width import checked_stream
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.cut_units import CutUnits, cut_all, tell_config
+from niwaki.model.stream import KeepWidth, keep_channels, stream_of
 from niwaki.model.teacher import Precision
 from niwaki.model.units import Kind, units_of
 from niwaki.stage import Context, Effects, Phase, Stage
 
 FIELD = "compression.cofi"
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
-MASKS = ("heads", "neurons", "attention", "feed_forward")
+MASKS = ("heads", "neurons", "attention", "feed_forward")  # and HIDDEN
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class CoFi(Stage):
     fraction `end` the masks settle: of each sublayer as many units close as are expected to, those of lowest log
     alpha, and the others are open wholly. The rest of the fit learns with them, then what is closed is cut.
 
-    `masks`: what is masked: heads, neurons, and whole sublayers (attention, feed_forward). `lr_factor`: learning rate
+    `masks`: what is masked: heads, neurons, whole sublayers (attention, feed_forward), and hidden, the channels of the
+    residual stream, which are one mask for all blocks. `lr_factor`: learning rate
     of masks and multipliers over that of the rest (the paper's 0.01 over 2e-5). `teacher`: a hub name, a folder or an
     artifact, for distillation of hidden states, weighed by `layer_weight`; `precision`: that it runs in.
     """
@@ -68,8 +73,11 @@ class CoFi(Stage):
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise ConfigError(f"{FIELD}.sparsity={self.sparsity}: needs a number above 0 and below 1")
-        if not self.masks or set(self.masks) - set(MASKS) or len(set(self.masks)) < len(self.masks):
-            raise ConfigError(f"{FIELD}.masks={list(self.masks)}: needs some of {', '.join(MASKS)}")
+        chosen = set(self.masks)
+        if not chosen & set(MASKS) or chosen - {*MASKS, HIDDEN} or len(chosen) < len(self.masks):
+            raise ConfigError(
+                f"{FIELD}.masks={list(self.masks)}: needs some of {', '.join(MASKS)}, and {HIDDEN} if wanted"
+            )
         if not 0 <= self.warmup < self.end <= 1:
             raise ConfigError(f"{FIELD}.warmup={self.warmup}, end={self.end}: needs 0 <= warmup < end <= 1")
         if self.lr_factor <= 0:
@@ -106,6 +114,11 @@ class CoFi(Stage):
                 )
             if other.phase is Phase.TUNE and other.name == "gradual":
                 return f"{self.name} and tuning=gradual: what is frozen at first would freeze the masks; use another"
+            if HIDDEN in self.masks and (other.name in ("prompt", "p_tuning") or other.name.startswith("adapter")):
+                return (
+                    f"{self.name} with masks of hidden and tuning={other.name}: what it adds is as wide as the stream, "
+                    "which is cut after it; leave hidden out"
+                )
             if self.teacher is not None and other.name in ("prompt", "p_tuning"):
                 return f"{self.name} with a teacher and tuning={other.name}: the teacher has no virtual tokens to match"
         return None
@@ -115,6 +128,8 @@ class CoFi(Stage):
             found = [units for kind in KINDS for units in units_of(anatomy, kind)]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"compression: {self.name}: {error}, so they cannot be cut") from error
+        if HIDDEN in self.masks:
+            checked_stream(anatomy, self.name)
         for units in found:
             inside = units.stack.attention_norm.startswith(f"{units.stack.attention}.")
             if "attention" in self.masks and inside and units.end.startswith(f"{units.place}."):
@@ -128,25 +143,35 @@ class CoFi(Stage):
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         found = [units for kind in KINDS for units in units_of(context.anatomy, kind)]
-        masks = add_masks(model, found, self.masks, context.seed)
-        multipliers = Multipliers(masks[0].open.device)
+        stream = stream_of(context.anatomy) if HIDDEN in self.masks else None
+        masks = Masks(add_masks(model, found, self.masks, context.seed), add_stream_mask(model, stream, context.seed))
+        multipliers = Multipliers(masks.each[0].open.device)
         model.add_module(MULTIPLIERS, multipliers)
         settles = last_step(self.end, context.steps)
         penalty = SizePenalty(masks, multipliers, self.sparsity, round(self.warmup * context.steps))
-        learning = {id(p) for module in (*masks, multipliers) for p in module.parameters()}
+        learning = {id(p) for module in (*masks.each, multipliers) for p in module.parameters()}
         effects = Effects(
             terms={self.name: penalty}, settled=settles,
             lr_factors={n: self.lr_factor for n, p in model.named_parameters() if id(p) in learning},
         )  # fmt: skip
         effects.callbacks.append(CoFiSchedule(model, penalty, settles))
-        return self._with_teacher(effects, masks, context) if self.teacher else effects
+        return self._with_teacher(effects, masks.sublayers, context) if self.teacher else effects
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
         masks = masks_of(model)
-        context.facts["cofi_sparsity"] = real_sparsity(masks)
-        stays = take_masks(model, masks)
+        context.facts["cofi_sparsity"] = masks.real_sparsity()
+        stays = take_masks(model, masks.sublayers)
         delattr(model, MULTIPLIERS)
-        return [self._cut(context, kind, stays) for kind in KINDS]
+        narrower = [self._narrow(model, masks.stream, context)] if masks.stream else []
+        return [*narrower, *(self._cut(context, kind, stays) for kind in KINDS)]
+
+    def _narrow(self, model: nn.Module, mask: StreamMask, context: Context) -> Edit:
+        kept = mask.remove()
+        delattr(model, STREAM_MASK)
+        cut_stream_records(context, mask.stream, kept)
+        keep_channels(model, mask.stream, kept)
+        context.facts["kept_channels"] = kept
+        return KeepWidth(kept=len(kept))
 
     def _with_teacher(self, effects: Effects, masks: Sequence[SublayerMask], context: Context) -> Effects:
         """The same, with the teacher's term."""

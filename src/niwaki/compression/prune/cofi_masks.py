@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.prune.hard_concrete import open_probability, sample, settled
+from niwaki.compression.prune.stream_mask import OPEN, SPREAD, STREAM_MASK, StreamMask
 from niwaki.model.units import Units
 from niwaki.weights import replace_module
 
 SUFFIX = "_mask"  # behind the name of the linear that reads the units
 MULTIPLIERS = "cofi_multipliers"  # child of the model, during the fit
-OPEN = 10.0  # log alpha of a whole sublayer at the start, as in the authors' code; that of a unit is near 0
-SPREAD = 0.01
 
 
 class SublayerMask(nn.Module):
@@ -126,11 +126,6 @@ def take_masks(model: nn.Module, masks: Sequence[SublayerMask]) -> dict[str, lis
     return kept
 
 
-def masks_of(model: nn.Module) -> list[SublayerMask]:
-    """Every mask of the model, in the order in which data flows."""
-    return [module for module in model.modules() if isinstance(module, SublayerMask)]
-
-
 class Ascend(torch.autograd.Function):
     """x -> x; the gradient changes its sign, so an optimizer that descends climbs."""
 
@@ -157,11 +152,49 @@ class Multipliers(nn.Module):
         return value
 
 
+@dataclass(frozen=True)
+class Masks:
+    """Those of the sublayers, and of the stream where it is masked."""
+
+    sublayers: Sequence[SublayerMask]
+    stream: StreamMask | None = None
+
+    @property
+    def each(self) -> list[SublayerMask | StreamMask]:
+        return [*self.sublayers, *([self.stream] if self.stream else [])]
+
+    @property
+    def settled(self) -> bool:
+        return bool(self.each[0].is_settled)
+
+    def expected_sparsity(self) -> Tensor:
+        """1 - sum of P(z_layer != 0) P(z_unit != 0) P(z_channel != 0) over the weights, by all (section 3.2)."""
+        size = sum((mask.probability() * mask.size).sum() for mask in self.sublayers)
+        share = 1.0 if self.stream is None else self.stream.probability().mean()
+        return 1 - torch.as_tensor(size * share) / self._whole
+
+    def real_sparsity(self) -> float:
+        """The same of the masks that are kept."""
+        size = sum(float(mask.open.sum()) * mask.size for mask in self.sublayers)
+        share = 1.0 if self.stream is None else float(self.stream.open.mean())
+        return 1 - size * share / self._whole
+
+    @property
+    def _whole(self) -> int:
+        return sum(mask.size * mask.units.count for mask in self.sublayers)
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """Every mask of the model, in the order in which data flows."""
+    sublayers = [module for module in model.modules() if isinstance(module, SublayerMask)]
+    return Masks(sublayers, getattr(model, STREAM_MASK, None))
+
+
 class SizePenalty:
     """The loss term: lambda_1 (s - t) + lambda_2 (s - t)^2, s the expected sparsity of what is masked, t its target,
     which grows linearly from 0 during the first `warmup` steps."""
 
-    def __init__(self, masks: Sequence[SublayerMask], multipliers: Multipliers, target: float, warmup: int) -> None:
+    def __init__(self, masks: Masks, multipliers: Multipliers, target: float, warmup: int) -> None:
         self.masks = masks
         self.multipliers = multipliers
         self.target = target
@@ -169,26 +202,13 @@ class SizePenalty:
         self.step = 0
 
     def __call__(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        if bool(self.masks[0].is_settled):
-            return self.masks[0].open.new_zeros(())
-        return self.multipliers(expected_sparsity(self.masks) - self.target_at(self.step))
+        if self.masks.settled:
+            return self.masks.each[0].open.new_zeros(())
+        return self.multipliers(self.masks.expected_sparsity() - self.target_at(self.step))
 
     def target_at(self, step: int) -> float:
         """t at an optimizer step."""
         return self.target * min(1.0, step / max(self.warmup, 1))
-
-
-def expected_sparsity(masks: Sequence[SublayerMask]) -> Tensor:
-    """1 - sum of P(z_layer != 0) P(z_unit != 0) times the weights of a unit, over all of them (section 3.2)."""
-    size = sum((mask.probability() * mask.size).sum() for mask in masks)
-    whole = sum(mask.size * mask.units.count for mask in masks)
-    return 1 - torch.as_tensor(size) / whole
-
-
-def real_sparsity(masks: Sequence[SublayerMask]) -> float:
-    """The same of the masks that are kept."""
-    whole = sum(mask.size * mask.units.count for mask in masks)
-    return 1 - sum(float(mask.open.sum()) * mask.size for mask in masks) / whole
 
 
 class CoFiSchedule(pl.Callback):
@@ -197,23 +217,25 @@ class CoFiSchedule(pl.Callback):
     def __init__(self, model: nn.Module, penalty: SizePenalty, last_step: int) -> None:
         self.model = model
         self.penalty = penalty
-        self.learning = [*penalty.masks, penalty.multipliers]
+        self.learning = [*penalty.masks.each, penalty.multipliers]
         self.last_step = last_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Only now: a tuning that came later froze what is not its own, and may have put something around the linear.
         for module in self.learning:
             module.requires_grad_(True)
-        for mask in self.penalty.masks:
+        for mask in self.penalty.masks.sublayers:
             if mask.hook is None:
                 outermost = self.model.get_submodule(mask.units.end)
                 mask.hook = outermost.register_forward_pre_hook(masked(mask), prepend=True)
+        if self.penalty.masks.stream is not None:
+            self.penalty.masks.stream.put_to_work(self.model)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.penalty.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        for mask in self.penalty.masks:
+        for mask in self.penalty.masks.each:
             mask.forget()
             if trainer.global_step >= self.last_step and not mask.is_settled:
                 mask.settle()

@@ -55,26 +55,20 @@ class Width(Stage):
             )
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        self._left(self._stream(anatomy))
+        self._left(checked_stream(anatomy, self.name))
 
     def outline(self, model: nn.Module) -> None:
-        stream = self._stream(Anatomy.of(model))
+        stream = checked_stream(Anatomy.of(model), self.name)
         keep_channels(model, stream, range(self._left(stream)))
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        stream = self._stream(context.anatomy)
+        stream = checked_stream(context.anatomy, self.name)
         left = self._left(stream)
         scores = measure_channels(model, stream, self.importance, self.calibration or ROWS, context)
         kept = lowest_dropped(scores, stream.width - left).nonzero().flatten().tolist()
         keep_channels(model, stream, kept)
         context.facts["kept_channels"] = kept
         return Effects(edits=[KeepWidth(kept=left)])
-
-    def _stream(self, anatomy: Anatomy) -> Stream:
-        try:
-            return stream_of(anatomy)
-        except ValueError as error:
-            raise ConfigError(f"compression: {self.name}: {error}, so it cannot be made narrower") from error
 
     def _left(self, stream: Stream) -> int:
         """How many channels stay."""
@@ -86,3 +80,15 @@ class Width(Stage):
                 f"{FIELD}.{asked}: {why} the {stream.width} channels; needs one that keeps 1 to {stream.width - 1}"
             )
         return left
+
+
+def checked_stream(anatomy: Anatomy, method: str) -> Stream:
+    """The stream of a model, for a method that makes it narrower.
+
+    Raises:
+        ConfigError: it cannot be cut; names the method.
+    """
+    try:
+        return stream_of(anatomy)
+    except ValueError as error:
+        raise ConfigError(f"compression: {method}: {error}, so it cannot be made narrower") from error
