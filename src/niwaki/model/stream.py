@@ -21,6 +21,7 @@ from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import attending_to_nothing, shapes_alone
 from niwaki.model.embeddings import FactorizedOutput, replace_parameter
 from niwaki.model.units import taken
+from niwaki.tuning.bottleneck import Adapted, Wrapper
 from niwaki.tuning.prefixed_attention import probe_inputs
 from niwaki.weights import Packed
 
@@ -58,12 +59,13 @@ def stream_of(anatomy: Anatomy) -> Stream:
         ValueError: something at the stream is not known, or is stored as codes.
     """
     tables, entrances, norms = entrance(anatomy)
-    with dyed(anatomy) as dye:
+    inside = [name for part in ("output", "feed_out") for place in ends(anatomy, part)
+              for name in writers_at(anatomy.model, place)]  # fmt: skip
+    with dyed(anatomy, inside) as dye:
         for table in beside(anatomy):
             table.weight.requires_grad_()
         dye.pour_into_blocks()
         dye.run(anatomy)
-    inside = [last_linear(anatomy.model, place) for part in ("output", "feed_out") for place in ends(anatomy, part)]
     names = {id(module): name for name, module in anatomy.model.named_modules()}
     tables += [names[id(table)] for table in beside(anatomy)]
     stream = Stream(
@@ -87,13 +89,17 @@ def ends(anatomy: Anatomy, part: str) -> list[str]:
     return list(dict.fromkeys(anatomy.places(part)))
 
 
-def last_linear(model: nn.Module, place: str) -> str:
-    """The linear that has the last word in what stands at a place: it, or the last factor of it."""
-    standing = model.get_submodule(place)
-    inner = [name for name, module in standing.named_modules() if isinstance(module, nn.Linear)]
-    if not inner or (inner[0] and not isinstance(standing, LowRankLinear)):
-        raise ValueError(f"{place} holds more than a linear")
-    return ".".join(filter(None, (place, inner[-1])))
+def writers_at(model: nn.Module, place: str) -> list[str]:
+    """The linears that give to the stream at the end of a sublayer: the one that stands there, or its last factor, and
+    those at the end of its adapters."""
+    standing: Any = model.get_submodule(place)
+    adapters = [f"{place}.adapter.{name}.up" for name in standing.adapter] if isinstance(standing, Adapted) else []
+    while isinstance(standing, (Wrapper, LowRankLinear)):
+        inner = "linear" if isinstance(standing, Wrapper) else "up"
+        standing, place = standing.get_submodule(inner), f"{place}.{inner}"
+    if not isinstance(standing, nn.Linear):
+        raise ValueError(f"{place} is no linear ({type(standing).__name__})")
+    return [place, *adapters]
 
 
 def beside(anatomy: Anatomy) -> list[Any]:
@@ -131,10 +137,12 @@ def outside(anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Dye:
-    """Where what was dyed came to: `readers` and `norms` by their name, and whether it `arrived` at a first block."""
+    """Where what was dyed came to: `readers` and `norms` by their name, and whether it `arrived` at a first block.
+    What these `writers` give is dyed too: an adapter may read it before it joins the stream."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, writers: Sequence[str]) -> None:
         self.anatomy = anatomy
+        self.writers = writers
         self.readers: list[str] = []
         self.norms: list[str] = []
         self.arrived = False
@@ -170,6 +178,8 @@ class Dye:
 
     def _seen(self, name: str) -> Callable[..., Any]:
         def see(module: Any, args: Any, given: dict[str, Any], output: Any) -> Any:
+            if name in self.writers:
+                return output.detach().requires_grad_()
             values = [value for value in (*args, *given.values()) if isinstance(value, Tensor)]
             reads = any(value.requires_grad for value in values)
             if not reads or not isinstance(output, Tensor) or not output.requires_grad:  # some ask for a shape alone
@@ -197,11 +207,11 @@ class Dye:
 
 
 @contextmanager
-def dyed(anatomy: Anatomy) -> Iterator[Dye]:
+def dyed(anatomy: Anatomy, writers: Sequence[str] = ()) -> Iterator[Dye]:
     """Let nothing ask for a gradient but what a dye is poured into; the model is as before in the end."""
     model: Any = anatomy.model
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training, dye = model.training, Dye(anatomy)
+    training, dye = model.training, Dye(anatomy, writers)
     try:
         model.requires_grad_(False).eval()
         with torch.enable_grad(), shapes_alone(model):

@@ -133,3 +133,12 @@ def test_another_run_goes_on_from_the_narrower_model(tmp_path: Path) -> None:
     )
     saved = artifact.load(live(again, tmp_path / "second"))
     assert stream_of(Anatomy.of(saved.model)).width == 8
+
+
+def test_a_model_that_has_adapters_becomes_narrower_with_them(tmp_path: Path) -> None:
+    files = write_rows(tmp_path, 12)
+    live(recipe_of("classification", files["classification"], "tuning=adapter"), tmp_path / "first")
+    settings = [f"model.name={tmp_path}/first/model", "model=pretrained", "compression=prune/width"]
+    saved = artifact.load(live(recipe_of("classification", files["classification"], *settings), tmp_path / "second"))
+    dense = saved.model.bert.encoder.layer[0].output.dense
+    assert dense.linear.out_features == dense.adapter["default"].up.out_features == 16
