@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lifecycle import begin, finish, recipe_of, write_rows
+from lifecycle import begin, check_in_a_fresh_process, finish, recipe_of, train, write_rows
 
 from niwaki import combinations
 from niwaki.combinations import Combination
 from niwaki.compression.quantize.integers import IntegerLinear
-from niwaki.fit import fit
 from niwaki.model.tiny import FAMILIES
 from niwaki.recipe import Recipe
 
@@ -45,18 +45,15 @@ def chosen(family: str) -> list[Combination]:
 def around(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     """For each task, the axes that are no part of a combination."""
     files = write_rows(tmp_path_factory.mktemp("rows"), count=12)
-    return {
-        task: recipe_of(task, path, "trainer=cpu", "trainer.max_steps=3", checkpoints=False)
-        for task, path in files.items()
-    }
+    return {task: recipe_of(task, path, "trainer=cpu") for task, path in files.items()}
 
 
-def run(cell: Combination, rest: Recipe, folder: Path) -> None:
-    """Train, fold, convert, save, reload: each as promised, and the weights too."""
+def run(cell: Combination, rest: Recipe, folder: Path) -> Path:
+    """Train, resume, fold, convert, save, reload: each as promised, and the weights too. The folder of the artifact."""
     recipe = replace(rest, model=cell.recipe.model, tuning=cell.recipe.tuning, compression=cell.recipe.compression)
     corpus, work = begin(recipe)
     start = {name: p.detach().clone() for name, p in work.model.named_parameters()}
-    fit(recipe, corpus, work, folder, {}, resume=False)
+    train(recipe, corpus, work, folder)
     moved = {n for n, p in work.model.named_parameters() if not torch.equal(p, start[n])}
     assert moved
     assert moved <= {n for n, p in work.model.named_parameters() if p.requires_grad}
@@ -69,20 +66,22 @@ def run(cell: Combination, rest: Recipe, folder: Path) -> None:
         assert torch.equal(weight, saved.folded[name])
         if "prune/magnitude" in cell.compression:
             assert int((weight == 0).sum()) >= round(0.5 * weight.numel())
+    return saved.folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_works_or_is_refused(family: str, around: dict[str, Recipe], tmp_path: Path, subtests: Any) -> None:
-    worked = refused = 0
+    refused, saved = 0, []
     for number, cell in enumerate(chosen(family)):
         with subtests.test(f"{cell.task} x {cell.tuning} x {'+'.join(cell.compression) or 'dense'}"):
             if cell.refusal() is not None:
                 refused += 1
                 continue
-            run(cell, around[cell.task], tmp_path / str(number))
-            worked += 1
-    print(f"{family}: {worked} work, {refused} are refused")
-    assert worked + refused == len(chosen(family))
+            saved.append(run(cell, around[cell.task], tmp_path / str(number)))
+            shutil.rmtree(tmp_path / str(number) / "checkpoints")
+    check_in_a_fresh_process(saved)
+    print(f"{family}: {len(saved)} work, {refused} are refused")
+    assert len(saved) + refused == len(chosen(family))
 
 
 def test_what_is_refused_and_why() -> None:

@@ -74,7 +74,8 @@ class Product(torch.autograd.Function):
 class NormalFloatLinear(nn.Linear):
     """y = W x + b with W = level[code] * scale, one scale (the largest magnitude) for each `block` of weights.
 
-    `weight`: uint8, two codes a byte, blocks of the flattened (out, in) weight. `scale`: fp32 (blocks,). Under double
+    `weight`: int8, two codes a byte, blocks of the flattened (out, in) weight; T5 casts what enters its feed-forward to
+    the type of any weight but int8. `scale`: fp32 (blocks,). Under double
     quantization `scale` is int8, and fp32 values are `scale_scale` for 256 of them and `scale_mean` for all:
     scale = code * scale_scale + scale_mean. W is frozen: nothing here has a gradient but the bias and the input.
     """
@@ -94,7 +95,7 @@ class NormalFloatLinear(nn.Linear):
         self.block = block
         self.double_quantization = double_quantization
         blocks = -(-in_features * out_features // block)
-        self.register_buffer("weight", torch.zeros(blocks * block // 2, dtype=torch.uint8))
+        self.register_buffer("weight", torch.zeros(blocks * block // 2, dtype=torch.int8))
         self.register_buffer("scale", torch.zeros(blocks, dtype=torch.int8 if double_quantization else torch.float32))
         if double_quantization:
             self.register_buffer("scale_scale", torch.zeros(-(-blocks // SCALES_IN_A_BLOCK)))
@@ -106,7 +107,7 @@ class NormalFloatLinear(nn.Linear):
         rows = in_rows(weight.detach().float(), self.block)
         scale = rows.abs().amax(1)
         codes = nearest_level(rows / torch.where(scale > 0, scale, 1.0)[:, None]).view(-1, 2)
-        self.weight.copy_(codes[:, 0] << 4 | codes[:, 1])
+        self.weight.view(torch.uint8).copy_(codes[:, 0] << 4 | codes[:, 1])
         self._store_scale(scale)
 
     def _store_scale(self, scale: Tensor) -> None:
@@ -126,7 +127,7 @@ class NormalFloatLinear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """W, fp32 (out, in); a new tensor, which nothing keeps."""
-        values = functional.embedding(self.weight.int(), pairs(self.weight.device)).view(-1, self.block)
+        values = functional.embedding(self.weight.view(torch.uint8).int(), pairs(self.weight.device)).view(-1, self.block)
         values = values.mul_(self.scales()[:, None]).flatten()
         return values[: self.in_features * self.out_features].view(self.out_features, self.in_features)
 
