@@ -133,6 +133,8 @@ def test_data_that_cannot_be(rows: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "empty.jsonl" in said(f"data.test={empty}")
     assert "maybe" in said(f"data.test={strange}")
     assert "line 2" in said(f"data.validation={blank}")
+    rewound = ["compression=prune/magnitude", "compression.magnitude.schedule=rewind", "trainer.max_steps=3"]
+    assert re.search(r"rounds=3: a fit of \d optimizer steps has no room for them", said(*rewound)) is not None
 
 
 CANARY = """

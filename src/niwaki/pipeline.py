@@ -34,6 +34,8 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     recipe.trainer.prepare()
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = read(recipe)
+    for stage in recipe.stages:
+        stage.check_steps(recipe.trainer.steps(len(corpus.training())))
     check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels))
     console.plan(recipe, corpus)
 

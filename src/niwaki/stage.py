@@ -115,6 +115,11 @@ class Stage(abc.ABC):
         """What is said of a run without a fit (trainer.max_epochs=0), in one line, where this method needs one."""
         return None
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ConfigError where a fit of so many optimizer steps has no room for this method; called before any
+        weight is loaded."""
+        return None
+
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         """Raise ConfigError where this method cannot act on such a model; called on an empty model of the
         right shapes (meta device), before any weight is loaded."""

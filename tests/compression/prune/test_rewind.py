@@ -109,9 +109,9 @@ def test_refusals(setting: Callable[..., Any]) -> None:
         Magnitude(schedule="rewind", rounds=0)
     with pytest.raises(ConfigError, match=r"interval: has no effect with schedule=rewind"):
         Magnitude(schedule="rewind", interval=2)
-    one = setting()
     with pytest.raises(ConfigError, match=r"rounds=9: a fit of 5 optimizer steps has no room"):
-        Magnitude(schedule="rewind", rounds=9).prepare(one.model, one.context(steps=5))
+        Magnitude(schedule="rewind", rounds=9).check_steps(5)
+    Magnitude(schedule="rewind", rounds=3).check_steps(4)
     with pytest.raises(
         ConfigError, match=r"tuning=adalora and prune/magnitude with .*schedule=rewind: what the tuning"
     ):

@@ -20,6 +20,11 @@ def share_at(step: int, last: int, fraction: float) -> float:
     return fraction / 2 * (1 + math.cos(math.pi * step / last))
 
 
+def moves_at(step: int, first: int, last: int, interval: int) -> bool:
+    """Whether connections move after optimizer step number `step`, counted from 1."""
+    return first <= step < last and step % interval == 0
+
+
 def moved(kept: Tensor, magnitudes: Tensor, gradients: Tensor, count: int) -> Tensor:
     """The mask (same shape) after `count` connections have moved: of those that are kept the ones of the smallest
     magnitude go; of all that are away then, these among them, the ones with the largest gradient come."""
@@ -60,8 +65,8 @@ class RigL(pl.Callback):
         self._gradients: dict[Mask, Tensor] = {}
 
     def due(self, step: int) -> bool:
-        """Whether connections move after optimizer step number `step`, counted from 1."""
-        return self.first <= step < self.last and step % self.interval == 0 and step > max(self._done, 0)
+        """Whether connections have still to move after this optimizer step."""
+        return moves_at(step, self.first, self.last, self.interval) and step > max(self._done, 0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         wanted = self.due(trainer.global_step + 1)

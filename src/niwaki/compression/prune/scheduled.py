@@ -13,7 +13,7 @@ from niwaki.compression.prune.mask import MaskSchedule, cubic
 from niwaki.compression.prune.pattern import Pattern, Scope, Selection
 from niwaki.compression.prune.pruning import Pruning, Span, given
 from niwaki.compression.prune.rewind import Rewinding
-from niwaki.compression.prune.rigl import RigL
+from niwaki.compression.prune.rigl import RigL, moves_at
 from niwaki.errors import ConfigError
 from niwaki.stage import Context, Effects, Stage, Tuning
 from niwaki.weights import entering
@@ -117,6 +117,19 @@ class Scheduled(Pruning):
             return None
         return f"{self.field}.schedule={self.schedule}: needs a fit; use one_shot with trainer.max_epochs=0"
 
+    def check_steps(self, steps: int) -> None:
+        first, last = self.span.steps(steps)
+        if self.schedule == "rewind" and len({first, *self._round_ends(steps), steps}) < self.round_count + 2:
+            raise ConfigError(
+                f"{self.field}.rounds={self.round_count}: a fit of {steps} optimizer steps has no room for them and for "
+                "training after the last; needs fewer rounds or a longer fit"
+            )
+        if self.schedule == "rigl" and not any(moves_at(s, first, last, self.span.interval) for s in range(1, last)):
+            raise ConfigError(
+                f"{self.field}.interval={self.span.interval}: no connection would move in a fit of {steps} "
+                f"optimizer steps, from step {first} to before {last}; needs a smaller one"
+            )
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         masks = self.masks(context)
         self.ready(masks, context)
@@ -138,17 +151,16 @@ class Scheduled(Pruning):
 
     def _rewinding(self, masks: Masks, selection: Selection, context: Context) -> Effects:
         first, last = self.span.steps(context.steps)
-        count = self.round_count
-        ends = [first + round((last - first) * index / count) for index in range(1, count + 1)]
-        if len({first, *ends, context.steps}) < count + 2:
-            raise ConfigError(
-                f"{self.field}.rounds={count}: a fit of {context.steps} optimizer steps has no room for them and for "
-                "training after the last; needs fewer rounds or a longer fit"
-            )
         schedule = Rewinding(
-            dict(masks.values()), score=self.score, selection=selection, origin=first, ends=ends,
+            dict(masks.values()), score=self.score, selection=selection, origin=first,
+            ends=self._round_ends(context.steps),
         )  # fmt: skip
         return Effects(callbacks=[schedule], settled=last)
+
+    def _round_ends(self, steps: int) -> list[int]:
+        """The optimizer steps at which the rounds of `rewind` end."""
+        (first, last), count = self.span.steps(steps), self.round_count
+        return [first + round((last - first) * index / count) for index in range(1, count + 1)]
 
     def _regrowth(self, masks: Masks, selection: Selection, context: Context) -> Effects:
         if not any(linear.weight.requires_grad for linear, _ in masks.values()):
@@ -161,9 +173,4 @@ class Scheduled(Pruning):
             dict(masks.values()), pattern=selection.pattern, fraction=given(self.fraction, 0.3), first=first, last=last,
             interval=self.span.interval,
         )  # fmt: skip
-        if not any(map(schedule.due, range(1, last))):
-            raise ConfigError(
-                f"{self.field}.interval={self.span.interval}: no connection would move in a fit of {context.steps} "
-                f"optimizer steps, from step {first} to before {last}; needs a smaller one"
-            )
         return Effects(callbacks=[schedule], settled=last)
