@@ -28,9 +28,9 @@ TASKS = ("classification", "ner", "causal_lm")
 MODELS = {"causal_lm": "tiny-llama"}  # else tiny-bert
 LARGER = {"causal_lm": "{hidden_size:48,head_dim:12,num_hidden_layers:5}"}  # teachers; else as in `write_teachers`
 STEPS, STOP = 6, 3
-# Codes and scales are the fold's own, bit for bit, so a converted model differs by the rounding of sums alone. Where such
-# a sum rounds the other way, an activation moves by one code, 1/127 of its largest value: that happens to few answers.
-EXACT, FLIPPED = 1e-5, 0.03  # of the middle answer and of the worst one, in logits, or of the largest where it is above 1
+# Codes and scales are the fold's own, bit for bit, so a converted model differs by the rounding of sums alone. Where
+# such a sum rounds the other way, an activation moves by one code, 1/127 of its largest value: few answers change so.
+EXACT, FLIPPED = 1e-5, 0.03  # off by: the middle answer, the worst one; of the largest logit where that is above 1
 
 CHECK_IN_A_FRESH_PROCESS = """
 import json, sys, torch

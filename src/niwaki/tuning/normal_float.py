@@ -127,7 +127,8 @@ class NormalFloatLinear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """W, fp32 (out, in); a new tensor, which nothing keeps."""
-        values = functional.embedding(self.weight.view(torch.uint8).int(), pairs(self.weight.device)).view(-1, self.block)
+        bytes_ = self.weight.view(torch.uint8).int()
+        values = functional.embedding(bytes_, pairs(self.weight.device)).view(-1, self.block)
         values = values.mul_(self.scales()[:, None]).flatten()
         return values[: self.in_features * self.out_features].view(self.out_features, self.in_features)
 

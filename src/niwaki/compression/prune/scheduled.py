@@ -121,8 +121,8 @@ class Scheduled(Pruning):
         first, last = self.span.steps(steps)
         if self.schedule == "rewind" and len({first, *self._round_ends(steps), steps}) < self.round_count + 2:
             raise ConfigError(
-                f"{self.field}.rounds={self.round_count}: a fit of {steps} optimizer steps has no room for them and for "
-                "training after the last; needs fewer rounds or a longer fit"
+                f"{self.field}.rounds={self.round_count}: a fit of {steps} optimizer steps has no room for them and "
+                "for training after the last; needs fewer rounds or a longer fit"
             )
         if self.schedule == "rigl" and not any(moves_at(s, first, last, self.span.interval) for s in range(1, last)):
             raise ConfigError(
