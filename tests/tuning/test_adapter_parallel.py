@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from niwaki.errors import ConfigError
+from niwaki.model.tiny import FAMILIES
 from niwaki.tuning.adapter_parallel import Parallel
-from niwaki.tuning.bottleneck import bottlenecks
+from niwaki.tuning.bottleneck import Adapted, Entry, bottlenecks
 
 KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "classification"), ("llama", "causal_lm")]
 
@@ -61,6 +62,39 @@ def test_no_activation_is_kept_after_a_pass(setting: Callable[..., Any], grown: 
     entries = [m for m in one.model.modules() if type(m).__name__ == "Entry"]
     assert len(entries) == 3
     assert all(entry._input is None for entry in entries)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beside_attention_it_reads_what_attention_reads_of_the_text(
+    setting: Callable[..., Any], grown: Callable[..., Any], family: str
+) -> None:
+    """DeBERTa's query reads a table of relative positions after the text."""
+    one = setting(family, "classification")
+    grown(one, Parallel(size=4, beside="attention"), random=True)
+    entered: dict[int, list[torch.Tensor]] = {}
+    read: list[tuple[int, torch.Tensor]] = []
+    for end in [m for m in one.model.modules() if isinstance(m, Adapted)]:
+        (entry,) = end._entry
+        entry.linear.register_forward_pre_hook(lambda m, args: entered.setdefault(id(m), []).append(args[0]))
+        end.adapter["default"].register_forward_pre_hook(
+            lambda _, args, inner=entry.linear: read.append((id(inner), args[0]))
+        )
+    text = one.batch({"text": ["a pine", "x y z"], "label": ["yes", "no"]})
+    one.model.eval()(**one.task.inputs(text))
+    assert read
+    for place, values in read:
+        assert values is entered[place][0]
+        assert len(values) == 2
+        entered[place].pop(0)  # ALBERT's block runs again
+
+
+def test_what_a_broken_pass_left_is_forgotten(setting: Callable[..., Any], grown: Callable[..., Any]) -> None:
+    one = setting()
+    grown(one, Parallel(size=4), random=True)
+    expected = one.logits()
+    entry = next(m for m in one.model.modules() if isinstance(m, Entry))
+    entry(torch.zeros(1, 3, 32))
+    assert torch.equal(one.logits(), expected)
 
 
 def test_chunked_and_recomputed_feed_forwards(setting: Callable[..., Any], grown: Callable[..., Any]) -> None:

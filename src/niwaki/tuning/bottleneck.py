@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "si
 ENTRIES = {"output": "query", "feed_out": "feed_in"}  # the part where a sublayer begins, by the one where it ends
 NORMS = {"output": "attention_norm", "feed_out": "feed_norm"}
 Reads = Literal["output", "normed", "input"]
+STARTS = "bottlenecks_start"  # where a model keeps the handle of its hook
 
 
 class Wrapper(nn.Module):
@@ -50,19 +51,26 @@ class Wrapper(nn.Module):
 
 
 class Entry(Wrapper):
-    """A linear at which a sublayer begins; keeps its input until the end of that sublayer takes it."""
+    """A linear at which a sublayer begins; keeps its first input until the end of that sublayer takes it. Whatever else
+    it is asked for before that (DeBERTa has its query read relative positions too) is not what the sublayer reads."""
 
     _input: Tensor | None = None
 
     def forward(self, values: Tensor) -> Tensor:
-        self._input = values
+        if self._input is None:
+            self._input = values
         return self.linear(values)
 
     def take(self) -> Tensor:
         """The input of this forward pass, once."""
         assert self._input is not None, "a sublayer ended that had not begun"
-        values, self._input = self._input, None
+        values = self._input
+        self.forget()
         return values
+
+    def forget(self) -> None:
+        """Let go of what a pass left that did not come to its end."""
+        self._input = None
 
 
 class Bottleneck(nn.Module):
@@ -149,6 +157,8 @@ class AddBottlenecks(Edit):
             also = {"output": [], "input": [ENTRIES[part]], "normed": [ENTRIES[part], NORMS[part]]}[self.reads]
             for places in zip(*map(anatomy.places, [part, *also]), strict=True):
                 self.add(model, *places)
+        if not edits_of(model):
+            model.__dict__[STARTS] = model.register_forward_pre_hook(forget_inputs)
         edits_of(model)[self.adapter] = self
 
     def add(self, model: Any, end: str, entry: str | None = None, norm: str | None = None) -> None:
@@ -166,6 +176,13 @@ class AddBottlenecks(Edit):
         held = next(itertools.chain(adapted.linear.parameters(), adapted.linear.buffers()))
         adapted.adapter[self.adapter] = bottleneck.to(held.device).train(model.training)
         adapted.active = (*adapted.active, self.adapter)
+
+
+def forget_inputs(model: nn.Module, args: Any) -> None:
+    """A hook before a forward pass."""
+    for module in model.modules():
+        if isinstance(module, Entry):
+            module.forget()
 
 
 def wrapped(model: nn.Module, place: str, kind: type[Any]) -> Any:
@@ -203,6 +220,7 @@ def remove(model: nn.Module, adapter: str) -> None:
             del end.adapter[adapter]
             end.active = tuple(name for name in end.active if name != adapter)
     if not edits_of(model):
+        model.__dict__.pop(STARTS).remove()
         for name, module in list(model.named_modules()):
             if isinstance(module, Wrapper):
                 replace_module(model, name, module.linear)
