@@ -16,6 +16,9 @@ from niwaki.tuning.bitfit import BitFit
 from niwaki.tuning.head import Head
 from niwaki.tuning.layernorm import LayerNorm
 from niwaki.tuning.lora import LoRA
+from niwaki.tuning.p_tuning import PTuning
+from niwaki.tuning.prefix import PrefixTuning
+from niwaki.tuning.prompt import PromptTuning
 
 
 def in_optimizer(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, float]:
@@ -54,6 +57,26 @@ def test_a_factor_of_the_tuning_multiplies_the_rate_of_the_block(setting: Callab
     assert found[layer.format(2, "B")] == pytest.approx(12.8)
     found = in_optimizer(AdamW(lr_by_part={"blocks": 0.5}).build(one.model, factors=factors), one.model)
     assert found[layer.format(1, "B")] == 8.0
+
+
+def test_what_is_put_before_the_text_is_a_part_of_its_own(setting: Callable[..., Any]) -> None:
+    virtual, written, prefixed = setting(), setting(), setting()
+    for one, tuning in (
+        (virtual, PromptTuning(tokens=2)), (written, PTuning(tokens=2)), (prefixed, PrefixTuning(tokens=2)),
+    ):  # fmt: skip
+        context = one.context()
+        tuning.grow(one.model, context.anatomy)
+        tuning.prepare(one.model, context)
+        given = rates(one.model, 0.8, 1.0, {"prompt": 3.0, "head": 0.1})
+        head = set(context.anatomy.head_parameters())
+        assert {name for name, rate in given.items() if rate == 0.1} == head
+        assert {name for name, rate in given.items() if rate == 3.0} == set(given) - head
+    assert rates(virtual.model, 0.8, 0.5)["bert.prompt.weight"] == pytest.approx(0.1)  # below all three blocks
+    assert {rate for name, rate in rates(written.model, 0.8, 0.5).items() if "prompt" in name} == {0.1}
+    decayed = rates(prefixed.model, 0.8, 0.5)
+    assert {rate for name, rate in decayed.items() if name.startswith("bert.prefix.")} == {0.1}
+    writers = [rate for name, rate in decayed.items() if "layer.1.attention.self.prefix.writer" in name]
+    assert writers == [0.4, 0.4]
 
 
 def test_a_schedule_keeps_their_ratios(setting: Callable[..., Any]) -> None:

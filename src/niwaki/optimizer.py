@@ -26,8 +26,8 @@ class OptimizerSettings(abc.ABC):
 
     `layer_decay`: the rate of each block is that of the block above it times this, and the embeddings' lower still
     (Howard & Ruder 2018, arXiv:1801.06146; Clark et al. 2020, arXiv:2003.10555); the top block has the head's rate
-    here, where both papers let it decay already. `lr_by_part`: rates of the head, the blocks, the embeddings or the
-    norms, in place of `lr` and its decay. Factors of a tuning multiply either.
+    here, where both papers let it decay already. `lr_by_part`: rates of the head, the blocks, the embeddings, the
+    norms or the prompt (virtual tokens, prefixes), in place of `lr` and its decay. Factors of a tuning multiply either.
     """
 
     lr: float

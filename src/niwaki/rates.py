@@ -8,9 +8,9 @@ from typing import Any
 
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.depth import depths, height, norm_parameters
+from niwaki.model.depth import depths, height, norm_parameters, prompt_parameters
 
-PARTS = ("head", "blocks", "embeddings", "norms")
+PARTS = ("head", "blocks", "embeddings", "norms", "prompt")
 
 
 def check_rates(layer_decay: float, lr_by_part: Mapping[str, float] | None) -> None:
@@ -54,7 +54,9 @@ def rates(
 
 
 def parts_of(anatomy: Anatomy, depth: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """The parts that each parameter belongs to, the closest first: norms, then where it stands."""
-    norms, lowest = norm_parameters(anatomy.model), height(anatomy)
+    """The parts that each parameter belongs to, the closest first: norms, then where it stands. What is put before the
+    text (virtual tokens, prefixes) is a part of its own, wherever it stands."""
+    norms, prompt, lowest = norm_parameters(anatomy.model), prompt_parameters(anatomy.model), height(anatomy)
     places = {name: "head" if not d else "blocks" if d <= lowest else "embeddings" for name, d in depth.items()}
+    places |= dict.fromkeys(prompt, "prompt")
     return {name: ("norms", place) if name in norms else (place,) for name, place in places.items()}

@@ -26,7 +26,8 @@ def depths(anatomy: Anatomy) -> dict[str, int]:
 
     Depth is counted within each stack: the last block of an encoder is 1 as that of its decoder is, since cross
     attention hands the encoder's end to every block of the decoder. The embeddings lie below the longest stack. A
-    parameter that several blocks share has the depth of the highest. Adapters have the depth of their block.
+    parameter that several blocks share has the depth of the highest. Adapters and prefixes have the depth of their
+    block; virtual tokens, and what writes the prefixes of all blocks, that of the embeddings.
     """
     found: dict[int, int] = {}
     for blocks in stacks(anatomy):
@@ -34,7 +35,8 @@ def depths(anatomy: Anatomy) -> dict[str, int]:
             for parameter in block.parameters():
                 depth = len(blocks) - index
                 found[id(parameter)] = min(depth, found.get(id(parameter), depth))
-    found = dict.fromkeys(embedding_parameters(anatomy.backbone), height(anatomy) + 1) | found
+    below = embedding_parameters(anatomy.backbone) | {id(p) for p in prompt_parameters(anatomy.model).values()}
+    found = dict.fromkeys(below, height(anatomy) + 1) | found
     return {name: found.get(id(parameter), 0) for name, parameter in anatomy.model.named_parameters()}
 
 
@@ -44,6 +46,12 @@ def embedding_parameters(backbone: nn.Module) -> set[int]:
     kinds = (nn.Embedding, FactorizedEmbedding)
     tables = {id(p) for module in backbone.modules() if isinstance(module, kinds) for p in module.parameters()}
     return tables | {id(p) for name, p in backbone.named_parameters() if "embed" in name}
+
+
+def prompt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is put before a text, and what writes it: the parameters of modules that call themselves a prompt, by name."""
+    inside = {id(p) for module in model.modules() if getattr(module, "is_prompt", False) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in inside}
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -21,6 +21,8 @@ INITIAL = 0.02  # standard deviation of keys and values that learn directly
 class Hidden(nn.Module):
     """tanh(W E + b) of a learned embedding E: (tokens, hidden), the same for all attention modules."""
 
+    is_prompt: ClassVar[bool] = True
+
     def __init__(self, tokens: int, width: int, hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(tokens, width)

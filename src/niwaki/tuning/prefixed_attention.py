@@ -32,6 +32,8 @@ class Prefix(nn.Module):
     While a `writer` is there, it makes both, and there is no other parameter.
     """
 
+    is_prompt: ClassVar[bool] = True
+
     def __init__(self, tokens: int, shape: Shape, device: Any = None) -> None:
         super().__init__()
         heads, of_key, of_value = shape

@@ -26,6 +26,8 @@ class Prompt(nn.Module):
     """The embeddings of the virtual tokens, `weight` (tokens, width); while an `encoder` is there, it makes them, and
     there is no other parameter. Its methods are hooks of the module that reads them."""
 
+    is_prompt: ClassVar[bool] = True
+
     def __init__(self, tokens: int, width: int, first_position: int, device: Any = None) -> None:
         super().__init__()
         self.tokens = tokens
