@@ -64,6 +64,8 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         (["optimizer.lr=-1"], r"optimizer.lr=-1: needs a number above 0"),
         (["tuning=lora", "tuning.rank=2.5"], r"tuning.rank=2.5: needs a whole number"),
         (["+tuning.rnak=2"], r"tuning.rnak: no such setting"),
+        (["tuning.rnak=2"], r"tuning.rnak: no such setting; did you mean tuning.rank\?"),
+        (["tuning=prompt", "tuning.merge=false"], r"tuning.merge: no such setting of the chosen tuning; .*, lora, "),
         (["seed=0,1"], r"seed: several values need -m"),
         (
             ["compression=prune/magnitude", "compression.magnitude.sparsity=1.5"],

@@ -364,8 +364,22 @@ def explain(error: Exception) -> str:
     text = str(error)
     if "Could not override" in text or "is not in struct" in text:
         key = text.split("'")[1] if "Could not override" in text else str(getattr(error, "full_key", ""))
-        return f"{key}: no such setting{suggestion(key, known_keys())}"
+        return f"{key}: no such setting{owners(key) or suggestion(key, known_keys(), but=key.rpartition('.')[0])}"
     return first_line(error)
+
+
+def owners(key: str) -> str:
+    """` of the chosen option; ...`: the options of a group that have a setting, or the most alike one of any of them."""
+    group, _, name = key.rpartition(".")
+    folder = config_folder() / group
+    if not group or "." in group or not folder.is_dir():
+        return ""
+    settings = {option: OmegaConf.load(folder / f"{option}.yaml") for option in options_of(group)}
+    having = [option for option, found in settings.items() if name in found]
+    if having:
+        return f" of the chosen {group}; these have it: {', '.join(having)}"
+    close = nearest(name, sorted({str(one) for found in settings.values() for one in found}), cutoff=0.5)
+    return f"; did you mean {group}.{close}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -387,9 +401,9 @@ def known_keys() -> list[str]:
     return [f"{path}.{key}" if path else key for path, node in nodes(whole, "") for key in node if key != "_target_"]
 
 
-def suggestion(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean lora? (options: ...)`, as far as there is something to say."""
-    options = sorted(known)
+def suggestion(name: str, known: typing.Iterable[str], but: str = "") -> str:
+    """`; did you mean lora? (options: ...)`, as far as there is something to say; never `but`."""
+    options = sorted({*known} - {but})
     close = nearest(name, options, cutoff=0.5)
     hint = f"; did you mean {close}?" if close else ""
     return hint + (f" (there are: {', '.join(options)})" if len(options) <= 20 else "")

@@ -47,7 +47,7 @@ class Moves(pl.Callback):
 
 def fit(one: Any, train: Callable[..., Any], tuning: Gradual, optimizer: Any, **settings: Any) -> Moves:
     context = one.context(steps=8)
-    context.epoch = 2
+    context.epoch = settings.pop("epoch", 2)
     effects = tuning.prepare(one.model, context)
     if settings.pop("pruned", False):
         effects.callbacks += Magnitude(schedule="cubic", end=0.5, interval=1).prepare(one.model, context).callbacks
@@ -74,11 +74,21 @@ def test_each_group_moves_from_its_step_on_and_not_before(
     assert moves.held == {id(p) for p in one.model.parameters()}
 
 
-def test_an_epoch_is_the_usual_interval_and_what_is_never_due_stays_out(
-    setting: Callable[..., Any], train: Callable[..., Any]
-) -> None:
+def test_an_epoch_is_the_usual_interval(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one = setting()
-    moves = fit(one, train, Gradual(), AdamW(lr=0.01))  # epochs of two steps: 0, 2, 4, 6, and 8, which never comes
+    moves = fit(one, train, Gradual(), AdamW(lr=0.01), epoch=1)  # eight epochs for five groups
+    assert moves.moved == {i: set(range(i, 8)) for i in range(5)}
+
+
+def test_a_fit_of_few_epochs_thaws_everything(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+    one = setting()
+    moves = fit(one, train, Gradual(), AdamW(lr=0.01), epoch=4)  # at 0, 1.6, 3.2, 4.8 and 6.4
+    assert [min(steps) for steps in moves.moved.values()] == [0, 2, 3, 5, 6]
+
+
+def test_what_is_never_due_stays_out(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+    one = setting()
+    moves = fit(one, train, Gradual(every=0.25), AdamW(lr=0.01))  # 0, 2, 4, 6, and 8, which never comes
     assert moves.moved == {0: set(range(8)), 1: set(range(2, 8)), 2: {4, 5, 6, 7}, 3: {6, 7}, 4: set()}
     embeddings = {id(p) for p in one.model.bert.embeddings.parameters()}
     assert moves.held == {id(p) for p in one.model.parameters()} - embeddings

@@ -40,11 +40,12 @@ class Thaw(pl.Callback):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual(Tuning):
-    """At first only what stands above the blocks learns; after every epoch, or every `every` of the fit (a share), the
-    next block from the top joins it, and after the lowest block the embeddings. Where nothing that is not tied to the
-    embeddings stands above the blocks (BART's decoder), the top block learns first.
+    """At first only what stands above the blocks learns; after every epoch the next block from the top joins it, and
+    after the lowest block the embeddings. Where nothing that is not tied to the embeddings stands above the blocks
+    (BART's decoder), the top block learns first.
 
-    What would thaw after the end of the fit stays frozen.
+    In a fit with fewer epochs than there are parts to thaw, they come at equal distances, so that all learn in the end.
+    `every`, a share of the fit, sets the distance; what would thaw after the end of the fit then stays frozen.
     """
 
     paper: ClassVar[str] = "Howard & Ruder 2018, arXiv:1801.06146"
@@ -53,15 +54,16 @@ class Gradual(Tuning):
 
     def __post_init__(self) -> None:
         if self.every is not None and not 0 < self.every < 1:
-            raise ConfigError(f"tuning.every={self.every}: needs null (an epoch) or a number above 0 and below 1")
+            raise ConfigError(f"tuning.every={self.every}: needs null (an epoch, at most) or a number above 0 and below 1")
 
     def needs_fit(self) -> str:
         return "tuning=gradual: needs a fit; without one (trainer.max_epochs=0) use tuning=full"
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         depth = depths(context.anatomy)
-        interval = context.epoch if self.every is None else self.every * context.steps
         first = min(depth.values())  # of the top block where nothing stands above: a tied output layer is an embedding
+        usual = min(context.epoch, context.steps / (max(depth.values()) - first + 1))
+        interval = usual if self.every is None else self.every * context.steps
         due = {p: round((depth[name] - first) * interval) for name, p in model.named_parameters()}
         train_only(model, [p for p, step in due.items() if step < context.steps])
         return Effects(callbacks=[Thaw({p: step for p, step in due.items() if step < context.steps})])
