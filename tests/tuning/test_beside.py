@@ -175,6 +175,25 @@ def test_every_tuning_of_peft_stays_beside_its_base(
     assert float((one.logits(read) - before).abs().max()) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not")  # PEFT's, where it reads VeRA
+@pytest.mark.parametrize(
+    ("tuning", "seed"),
+    [(VeRA(rank=2, merge=False), "projection_prng_key"), (FourierFT(frequencies=20, merge=False), "random_loc_seed")],
+)
+def test_other_numbers_from_the_seed_are_noticed(
+    setting: Callable[..., Any], tmp_path: Path, tuning: PeftTuning, seed: str
+) -> None:
+    one = setting()
+    context, base_config = one.context(), one.model.config.to_dict()
+    tuning.prepare(one.model, context)
+    save(one, tmp_path / "model", tuning.finalize(one.model, context), base_config)
+    path = tmp_path / "model" / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {seed: settings[seed] + 1}))  # as if this machine drew others
+    with pytest.raises(ArtifactError, match="what it draws from its seed came out different"):
+        beside.put_on(setting().model, path.parent)
+
+
 def test_ranks_that_adalora_dropped_stay_dropped(
     setting: Callable[..., Any], train: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from niwaki.tuning.virtual import AddPrompt, Prompt, add_prompt, prompt_of, read
 
 TOKENS = 3
 SINGLE = [*OF_ENCODER, *OF_DECODER]
+LANGUAGE_MODELS = [*OF_DECODER, "bart"]  # of which BART's goes past the wrapper of its decoder
 POOLED = ["bert", "roberta", "albert"]
 
 
@@ -122,7 +123,7 @@ def test_all_states_and_attentions_are_those_of_the_text(family: str) -> None:
     assert torch.equal(short[0], out.last_hidden_state)
 
 
-@pytest.mark.parametrize("family", OF_DECODER)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_cached_and_uncached_decoding_agree(family: str) -> None:
     model = grown(family, "AutoModelForCausalLM")
     ids, mask = turned(*rows(9, 4))
@@ -133,12 +134,12 @@ def test_cached_and_uncached_decoding_agree(family: str) -> None:
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.logits, other.logits, strict=True))
     plain = tiny(family, "AutoModelForCausalLM").generate(ids, attention_mask=mask, **settings)
     assert not torch.allclose(plain.logits[0], one.logits[0], atol=1e-2)
-    for row, length in enumerate((9, 4)):
+    for row, length in enumerate((9,) if family == "bart" else (9, 4)):  # BART's positions count padding too
         alone = model.generate(rows(length)[0], attention_mask=rows(length)[1], **settings)
         assert torch.equal(alone.sequences[0, -10:], one.sequences[row, -10:])
 
 
-@pytest.mark.parametrize("family", OF_DECODER)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_steps_by_hand_say_what_the_whole_text_says(family: str) -> None:
     """Without positions and without generate's own care: logits of each step against those of one pass."""
     model = grown(family, "AutoModelForCausalLM")

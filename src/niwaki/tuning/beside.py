@@ -161,12 +161,43 @@ def write(model: nn.Module, folder: Path) -> None:
         config_of(model).save_projection = False  # PEFT finds them in a model of its own class only
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     state = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"} | drawn_record(model))
     settings = config_of(model).to_dict() | {"inference_mode": True, "base_model_name_or_path": hub_name(model)}
     if isinstance(settings.get("init_lora_weights"), str):
         settings["init_lora_weights"] = True  # what such a start took from the base is no longer in the saved one
     text = json.dumps(settings, indent=1, sort_keys=True, default=sorted) + "\n"  # sets of names
     (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+DRAWN = ("vera_A", "vera_B", "indices")  # what a layer draws from a seed, and PEFT's file does not hold
+RECORD = "drawn_sha256"
+
+
+def drawn_record(model: nn.Module) -> dict[str, str]:
+    """For the header of the file: the digest of what was drawn, where something was. Another machine, or version of
+    torch, may draw other numbers from the same seed."""
+    from niwaki.tuning.delta import ADAPTER
+
+    found = {}
+    for place, layer in adapter_layers(model).items():
+        for name in DRAWN:
+            held: Any = getattr(layer, name, {})
+            if ADAPTER in held:
+                found[f"{place}.{name}"] = held[ADAPTER]
+    return {RECORD: fingerprint(found, ())} if found else {}
+
+
+def check_drawn(model: nn.Module, folder: Path) -> None:
+    """Raise ArtifactError where this machine drew other numbers than those that the adapter learned with."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        told = (file.metadata() or {}).get(RECORD)
+    if told and told != drawn_record(model).get(RECORD):
+        raise ArtifactError(
+            f"adapter {folder}: what it draws from its seed came out different here than where it was trained; "
+            "use the machine and the torch of the training, or train with tuning.merge=true"
+        )
 
 
 def hub_name(model: Any) -> str | None:
@@ -202,6 +233,7 @@ def put_on(model: Any, folder: Path) -> None:
     check_shapes(model, head, folder)
     inject(model, config, folder)
     load(model, state, folder)
+    check_drawn(model, folder)
     model.load_state_dict(head, strict=False)
     model.requires_grad_(False)
 

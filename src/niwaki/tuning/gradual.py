@@ -54,7 +54,9 @@ class Gradual(Tuning):
 
     def __post_init__(self) -> None:
         if self.every is not None and not 0 < self.every < 1:
-            raise ConfigError(f"tuning.every={self.every}: needs null (an epoch, at most) or a number above 0 and below 1")
+            raise ConfigError(
+                f"tuning.every={self.every}: needs null (an epoch, at most) or a number above 0 and below 1"
+            )
 
     def needs_fit(self) -> str:
         return "tuning=gradual: needs a fit; without one (trainer.max_epochs=0) use tuning=full"

@@ -169,7 +169,7 @@ class AddPrompt(Edit):
         reader.add_module(NAME, prompt)
         backbone.virtual_tokens = self.tokens  # for the anatomy: they take positions from every text
         reader.register_forward_pre_hook(prompt.insert, with_kwargs=True)
-        if reader is not backbone:
+        if reader is not backbone and hasattr(backbone, "encoder"):
             backbone.decoder.register_forward_pre_hook(prompt.widen, with_kwargs=True)
             return
         if getattr(backbone, "pooler", None) is not None:  # it reads the first token of the text, so cut before it
@@ -178,8 +178,11 @@ class AddPrompt(Edit):
 
 
 def reader_of(backbone: Any) -> Any:
-    """The module that reads the text: the encoder where there is a decoder beside it, else the backbone."""
-    return backbone.encoder if hasattr(backbone, "encoder") and hasattr(backbone, "decoder") else backbone
+    """The module that reads the text: the encoder where there is a decoder beside it, a decoder that stands alone in a
+    wrapper (BART's language model goes past that), else the backbone."""
+    if not hasattr(backbone, "decoder"):
+        return backbone
+    return backbone.encoder if hasattr(backbone, "encoder") else backbone.decoder
 
 
 def first_position(reader: nn.Module) -> int:
