@@ -369,7 +369,7 @@ def explain(error: Exception) -> str:
 
 
 def owners(key: str) -> str:
-    """` of the chosen option; ...`: the options of a group that have a setting, or the most alike one of any of them."""
+    """` of the chosen tuning; ...`: the options of a group that have a setting, or the most alike one of them all."""
     group, _, name = key.rpartition(".")
     folder = config_folder() / group
     if not group or "." in group or not folder.is_dir():

@@ -49,7 +49,7 @@ def embedding_parameters(backbone: nn.Module) -> set[int]:
 
 
 def prompt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is put before a text, and what writes it: the parameters of modules that call themselves a prompt, by name."""
+    """By name, what is put before a text, and what writes it: all that is in modules that call themselves a prompt."""
     inside = {id(p) for module in model.modules() if getattr(module, "is_prompt", False) for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in inside}
 
