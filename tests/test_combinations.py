@@ -48,7 +48,6 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     return {task: recipe_of(task, path, "trainer=cpu") for task, path in files.items()}
 
 
-# VeRA's d learns through b, which starts at zero: in a few steps its gradient may be below what shows in fp32.
 def run(cell: Combination, rest: Recipe, folder: Path) -> Path:
     """Train, resume, fold, convert, save, reload: each as promised, and the weights too. The folder of the artifact."""
     recipe = replace(rest, model=cell.recipe.model, tuning=cell.recipe.tuning, compression=cell.recipe.compression)
@@ -56,8 +55,10 @@ def run(cell: Combination, rest: Recipe, folder: Path) -> Path:
     start = {name: p.detach().clone() for name, p in work.model.named_parameters()}
     train(recipe, corpus, work, folder)
     moved = {n for n, p in work.model.named_parameters() if not torch.equal(p, start[n])}
+    # VeRA's d learns through b, which starts at zero: in a few steps its gradient may be below what shows in fp32.
     learning = {n for n, p in work.model.named_parameters() if p.requires_grad}
-    assert moved == learning or all("vera_lambda_d" in name for name in learning - moved), learning ^ moved
+    assert moved <= learning
+    assert not [name for name in learning - moved if "vera_lambda_d" not in name]
     saved = finish(recipe, corpus, work, folder)
     for name in work.context.targets if cell.compression else ():
         module: Any = saved.model.get_submodule(name)
