@@ -1,4 +1,4 @@
-"""What the pipeline refuses while nothing is loaded yet."""
+"""What the pipeline refuses while nothing is loaded yet, and that a score is the same wherever it is measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lifecycle import begin, recipe_of, save, write_rows
 
 from niwaki import artifact, compose, inference, pipeline
 from niwaki.errors import ConfigError
+from niwaki.fit import fit
+from niwaki.measure.evaluate import evaluate
 from niwaki.model.tiny import Tiny
+from niwaki.pipeline import fold_and_convert, settle
+from niwaki.weights import fold
 
 
 @pytest.fixture
@@ -145,3 +150,33 @@ def test_a_run_that_starts_from_adapters(tmp_path: Path, tuning: str) -> None:
     scores = inference.scores(one, inference.WholeFile(train=str(file)))[0]
     assert scores["rows"] == 40
     assert 0 <= scores["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("task", ["classification", "ner"])
+def test_the_score_is_one_number_before_the_merge_after_it_and_of_the_file(tmp_path: Path, task: str) -> None:
+    """LoRA below a 2:4 mask and 8-bit integers; of the merged, saved weights two of every four are zeros."""
+    settings = ["tuning=lora", "compression=[prune/magnitude,quantize/qat]", "compression.magnitude.pattern=2:4"]
+    recipe = recipe_of(
+        task, write_rows(tmp_path, count=48)[task], *settings, "compression.magnitude.sparsity=null",
+        "trainer.max_steps=60", "trainer.max_epochs=9", "optimizer.lr=1e-2", checkpoints=False,
+    )  # fmt: skip
+    corpus, work = begin(recipe)
+    fit(recipe, corpus, work, tmp_path, {}, resume=False)
+
+    def score(model: Any) -> float:
+        scores = evaluate(model, corpus.evaluation("test"), recipe.task, corpus.labels).compute()
+        return float(scores[recipe.task.metric])
+
+    settle(recipe, work)
+    before = score(work.model)
+    work.context.records.update(fold(work.context.targets))
+    merged = score(work.model)
+    fold_and_convert(recipe, work)
+    save(tmp_path / "model", recipe, corpus, work)
+    reloaded = artifact.load(tmp_path / "model").model
+    assert before == merged == score(reloaded)
+    assert 0.3 < before < 1
+    for name in work.context.targets:
+        module: Any = reloaded.get_submodule(name)
+        assert module.bits == 8
+        assert int((module.dequantized().view(-1, 4) == 0).sum(1).min()) >= 2

@@ -100,6 +100,10 @@ METHODS: dict[str, tuple[PeftTuning, Callable[[list[str], str], peft.PeftConfig]
     "hra": (HRA(rank=4), lambda names, _: peft.HRAConfig(r=4, target_modules=names)),
 }  # fmt: skip
 each = pytest.mark.parametrize("method", METHODS)
+ANYWHERE = ("lora", "dora", "adalora", "vera", "loha", "lokr", "oft", "hra")  # whose linears need no part
+BY_HAND = [(method, *kind) for method in METHODS for kind in KINDS] + [
+    (method, family, "classification") for method in ANYWHERE for family in ("gpt2", "modernbert", "t5", "bart")
+]
 
 
 class BlockDiagonal:
@@ -155,8 +159,7 @@ def step(one: Any, model: nn.Module) -> None:
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("linked", [False, True], ids=["beside", "linked"])
-@pytest.mark.parametrize(("family", "task"), KINDS)
-@each
+@pytest.mark.parametrize(("method", "family", "task"), BY_HAND)
 def test_it_is_peft_by_hand_at_the_start_and_after_a_step(
     setting: Callable[..., Any], method: str, family: str, task: str, linked: bool
 ) -> None:
@@ -172,18 +175,20 @@ def test_it_is_peft_by_hand_at_the_start_and_after_a_step(
     reference = peft.get_peft_model(other.model, config(names, family)).base_model.model
     for parameter in head:
         parameter.requires_grad_(True)
+    if linked or method == "boft":  # a merged weight sums in another order
+        one.model.double()
+        reference.double()
     assert set(learning(one.model)) == set(learning(reference))
     assert [p.numel() for p in learning(one.model).values()] == [p.numel() for p in learning(reference).values()]
     assert float((one.logits() - other.logits(reference)).abs().max()) <= 1e-6
     disturb(one.model)
     disturb(reference)
     start = one.logits()
-    bound = 5e-6 if linked or method == "boft" else 1e-6  # a merged weight sums in another order
-    assert float((start - other.logits(reference)).abs().max()) <= bound
+    assert float((start - other.logits(reference)).abs().max()) <= 1e-6
     step(one, one.model)
     step(other, reference)
     assert float((one.logits() - start).abs().max()) > 1e-5
-    assert float((one.logits() - other.logits(reference)).abs().max()) <= bound
+    assert float((one.logits() - other.logits(reference)).abs().max()) <= 1e-6
     for name, parameter in learning(reference).items():
         assert torch.allclose(learning(one.model)[name], parameter, atol=1e-6), name
 
