@@ -112,3 +112,34 @@ def test_methods_work_or_are_refused(
                 saved.append(live(recipe, tmp_path / name))
     check_in_a_fresh_process(saved)
     assert len(saved) == len(CELLS) - refused
+
+
+NARROW = {  # of tunings whose defaults are for wider models
+    "fourierft": "tuning.frequencies=20", "oft": "tuning.block=2", "boft": "tuning.block=2", "top": "tuning.blocks=1",
+}  # fmt: skip
+OTHERS = [name for name in names("tuning") if name not in ("full", "lora")]
+
+
+def with_tunings() -> list[tuple[str, str]]:
+    """Methods with the other tunings: each with one of them, or with all (`make grid`)."""
+    if os.environ.get("NIWAKI_GRID") == "whole":
+        return list(itertools.product(METHODS, OTHERS))
+    return [(method, OTHERS[place % len(OTHERS)]) for place, method in enumerate(METHODS)]
+
+
+@pytest.mark.parametrize(("method", "tuning"), with_tunings(), ids="+".join)
+def test_methods_and_tunings_work_or_are_refused(
+    method: str, tuning: str, files: dict[str, str], teachers: dict[str, str], tmp_path: Path
+) -> None:
+    settings = [one.format(teacher=teachers["classification"]) for one in SETTINGS.get(method, [])]
+    recipe = recipe_of(
+        "classification", files["classification"], f"tuning={tuning}", *([NARROW[tuning]] if tuning in NARROW else []),
+        f"compression=[{method}]", *(f"compression.{setting}" for setting in settings),
+    )  # fmt: skip
+    reason = refusal(recipe)
+    if reason is None:
+        live(recipe, tmp_path)
+    else:
+        assert method.rpartition("/")[2] in reason
+        assert "\n" not in reason
+    print(f"{method} x {tuning}: {reason or 'works'}")
