@@ -71,7 +71,8 @@ class Context:
 
     @property
     def new_head(self) -> list[nn.Parameter]:
-        """The parameters of the head where it is new, so that every tuning trains it; else none."""
+        """The parameters of the head where it is new, so that every tuning trains it; else none. A pooler is part of
+        the head: what a model was pretrained for there (next sentences, similarity) is not the task."""
         return list(self.anatomy.head_parameters().values()) if self.head_learns else []
 
 

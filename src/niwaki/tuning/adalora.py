@@ -42,8 +42,9 @@ class AdaLoRA(PeftTuning):
     on average: those of the least importance, |parameter x gradient| smoothed over steps, over all linears together.
 
     The number that is left falls as (1 - t)^3 from `begin` to `end` (fractions of the fit), every `interval` optimizer
-    steps. `betas`: smoothing of the importance and of its deviation. `orthogonality`: weight in the loss of the mean
-    of ||P^T P - I|| and ||Q Q^T - I||.
+    steps; in a fit without room for one, all at once at `end`. `betas`: smoothing of the importance and of its
+    deviation. `orthogonality`: weight in the loss of the mean of ||P^T P - I|| and ||Q Q^T - I||, not squared, as in
+    PEFT and in the authors' code; the paper writes the sum of the squares.
     """
 
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv:2303.10512"

@@ -21,7 +21,7 @@ def biases(anatomy: Anatomy) -> list[nn.Parameter]:
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Tuning):
-    """Train b of every y = W x + b and of every norm, and the head where it is new."""
+    """Train b of every y = W x + b and of every norm, and the head, with its pooler, where that is new."""
 
     paper: ClassVar[str] = "Ben Zaken et al. 2021, arXiv:2106.10199"
 

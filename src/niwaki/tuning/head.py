@@ -13,7 +13,8 @@ from niwaki.tuning.freeze import train_only
 
 @dataclass(frozen=True, kw_only=True)
 class Head(Tuning):
-    """Train what stands above the blocks. In a language model with tied embeddings that is the embedding too."""
+    """Train the head, with the pooler below it where there is one; the blocks' final norm stays as it is. In a language
+    model with tied embeddings the head is the embedding too."""
 
     paper: ClassVar[str] = "Alain & Bengio 2016, arXiv:1610.01644"
 

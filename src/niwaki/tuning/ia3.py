@@ -34,7 +34,8 @@ class ScaledBias(nn.Module):
 class IA3(PeftTuning):
     """l * (W x + b) for keys and values, W (l * x) + b for the linear that ends the feed-forward; l is 1 at the start.
 
-    So a row of W and an entry of b, or a column of W, is multiplied by its own number.
+    So a row of W and an entry of b, or a column of W, is multiplied by its own number. Where one linear makes queries,
+    keys and values together (GPT-2, ModernBERT), the queries are scaled too, as in PEFT.
     """
 
     paper: ClassVar[str] = "Liu et al. 2022, arXiv:2205.05638"

@@ -20,8 +20,8 @@ class OFT(PeftTuning):
     """W R^T, R block-diagonal with blocks (I + Q)(I - Q)^-1, Q skew-symmetric and zero at the start.
 
     `block`: inputs that are rotated together. `share_blocks`: one rotation for all blocks of a linear.
-    `terms`: of the Neumann series in place of the inverse, which is faster and nearly orthogonal for a small Q; null
-    for the inverse itself, which PEFT takes of -Q.
+    `terms`: of the Neumann series in place of the inverse, PEFT's usual, faster and orthogonal but for what the series
+    leaves out, which is little for a small Q; null for the inverse itself, as in the paper, which PEFT takes of -Q.
     """
 
     paper: ClassVar[str] = "Qiu et al. 2023, arXiv:2306.07280"
