@@ -89,8 +89,8 @@ class Page:
             "# What combines with what",
             "",
             "Written by `make docs` from the rules that refuse a run before any weight is loaded, with each option's",
-            "defaults and tiny models. A number is the reason for a refusal, below. Settings may change an answer: a run",
-            "that cannot be is refused in the same words before it starts.",
+            "defaults and tiny models. A number is the reason for a refusal, below. Settings may change an answer: a",
+            "run that cannot be is refused in the same words before it starts.",
         ]
         self._reasons: dict[str, int] = {}
 
