@@ -78,13 +78,19 @@ class Setting:
     def batch(self, rows: dict[str, list[Any]] | None = None) -> dict[str, torch.Tensor]:
         return self.task.collate(self.features(rows), self.tokenizer)
 
+    def numbered(self) -> dict[str, torch.Tensor]:
+        """All rows, as the training split gives them."""
+        batch = self.batch()
+        return {**batch, "row": torch.arange(len(batch["input_ids"]))}
+
     def context(self, steps: int = 10, load_teacher: Any = None) -> Context:
         anatomy = Anatomy.of(self.model)
         return Context(
             anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0,
             head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
             token_ids=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
-            calibration=lambda count: [self.batch()], inputs=self.task.inputs,
+            calibration=lambda count: [self.batch()], training=lambda: [self.numbered()],
+            training_key=lambda: repr(self.rows), inputs=self.task.inputs,
             loss=lambda model, batch: self.task.loss(model(**self.task.inputs(batch)), batch),
         )  # fmt: skip
 

@@ -136,6 +136,8 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         load_teacher=Teachers(recipe.stages, recipe.task, corpus.labels, vocabulary, uncut(corpus)),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
         calibration=corpus.calibration,
+        training=corpus.numbered,
+        training_key=corpus.training_key,
         inputs=recipe.task.inputs,
         tokens=corpus.tokens,
         loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor, nn
 
+    from niwaki.data.batches import Batches
     from niwaki.data.corpus import Corpus
     from niwaki.edits import Edit
     from niwaki.model.anatomy import Anatomy
@@ -61,6 +62,8 @@ class Context:
     load_teacher: Callable[[str | None, str], Teacher]  # (place, or null for the one that is named; field of it)
     token_ids: Callable[[str], list[int]]  # of a text, without special tokens
     calibration: Callable[[int], Sequence[Mapping[str, Tensor]]]  # so many rows of the training split, as batches
+    training: Callable[[], Batches]  # all rows of the split as batches, numbered as `row`
+    training_key: Callable[[], str]  # a digest of these rows as they are encoded
     inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what of a batch the model's forward takes
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # the task's own, of a model on a batch: a scalar
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold

@@ -1,6 +1,7 @@
 """Batches of rows of like length, in an order that can be stopped and gone on with at any batch."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,14 +81,32 @@ class BucketBatches(Sampler[list[int]]):
         return np.array_split(order, count)
 
 
+class Numbered:
+    """Rows with their numbers: (number, row)."""
+
+    def __init__(self, dataset: "Dataset") -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, numbers: list[int]) -> list[tuple[int, dict[str, Any]]]:
+        return list(zip(numbers, self.dataset.__getitems__(numbers), strict=True))
+
+
+def with_numbers(collate: Callable[[list[dict[str, Any]]], Any], rows: list[tuple[int, dict[str, Any]]]) -> Any:
+    """A batch, and the numbers of its rows as `row`."""
+    return {**collate([row for _, row in rows]), "row": torch.tensor([number for number, _ in rows])}
+
+
 class Batches(DataLoader):
     """A DataLoader over `BucketBatches` whose state is {epoch, position}: batches served in that epoch.
 
     `dataset` is read by lists of row numbers; `collate` turns a list of rows (dicts) into a batch.
-    `seed=None` is the order for evaluation. Lightning saves the state in each checkpoint and restores it; a
-    restored loader serves exactly the batches that were left. Lightning must run with
-    `use_distributed_sampler=False`. With `max_steps`, save by steps or after validation: Lightning 2.6
-    miscounts after a checkpoint of a training epoch's end.
+    `numbered` adds the numbers of its rows to each batch, as `row`. `seed=None` is the order for evaluation. Lightning
+    saves the state in each checkpoint and restores it; a restored loader serves exactly the batches that were left.
+    Lightning must run with `use_distributed_sampler=False`. With `max_steps`, save by steps or after validation:
+    Lightning 2.6 miscounts after a checkpoint of a training epoch's end.
     """
 
     batch_sampler: BucketBatches
@@ -102,12 +121,13 @@ class Batches(DataLoader):
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        numbered: bool = False,
     ) -> None:
         sampler = BucketBatches(_lengths(dataset), batch_size, seed=seed, rank=rank, world=world)
         super().__init__(
-            dataset,
+            Numbered(dataset) if numbered else dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(with_numbers, collate) if numbered else collate,
             num_workers=workers,
             # Its own, or each iterator would draw from the generator that dropout draws from.
             generator=torch.Generator(),

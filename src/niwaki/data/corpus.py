@@ -16,7 +16,7 @@ import numpy as np
 
 import niwaki
 from niwaki.data.batches import Batches
-from niwaki.data.encode import encode
+from niwaki.data.encode import content_hash, encode
 from niwaki.data.source import Source
 from niwaki.data.tokens import cut
 from niwaki.task.task import Task
@@ -70,8 +70,16 @@ class Corpus:
         return np.bincount(np.concatenate(numbers), minlength=len(self.tokenizer))
 
     def training(self, rank: int = 0, world: int = 1) -> Batches:
-        """Shuffled batches of the training split."""
+        """Shuffled batches of the training split, numbered as those of `numbered`."""
         return self._batches("train", self.source.batch_size, self.seed, rank, world)
+
+    def numbered(self) -> Batches:
+        """Every row of the training split once, in a fixed order; `row` (rows,) are their numbers in it."""
+        return self._batches("train", self.source.eval_batch_size, None, 0, 1)
+
+    def training_key(self) -> str:
+        """A digest of the training split as it is encoded."""
+        return content_hash(self.features["train"], "")
 
     def evaluation(self, split: str, rank: int = 0, world: int = 1) -> Batches:
         """Batches of a split in a fixed order."""
@@ -99,6 +107,7 @@ class Corpus:
             workers=self.source.workers,
             rank=rank,
             world=world,
+            numbered=split == "train",
         )
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

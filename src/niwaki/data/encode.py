@@ -39,7 +39,7 @@ def encode(rows: "Dataset", function: Function, key: str, *, whole: bool = False
     from filelock import FileLock
 
     folder = cache_folder() / "encoded"
-    name = _content_hash(rows, f"{key}\n{'whole' if whole else ROWS_AT_ONCE}")
+    name = content_hash(rows, f"{key}\n{'whole' if whole else ROWS_AT_ONCE}")
     path = folder / f"{name}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,8 @@ def encode(rows: "Dataset", function: Function, key: str, *, whole: bool = False
     return _open(path)
 
 
-def _content_hash(rows: "Dataset", key: str) -> str:
+def content_hash(rows: "Dataset", key: str) -> str:
+    """sha256 of the content of rows, and of `key`."""
     import pyarrow as pa
 
     class Digest:

@@ -97,14 +97,21 @@ class Teacher:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Said:
         if self._said is None or batch is not self._batch:
-            self._batch, self._said, self._asked = batch, self._say(batch), 0
+            self._batch, self._said, self._asked = batch, self.say(batch), 0
         said = self._said
         self._asked += 1
         if self._asked >= self.terms:
             self._batch = self._said = None
         return said
 
-    def _say(self, batch: Mapping[str, Tensor]) -> Said:
+    def fingerprint(self) -> str:
+        """sha256 of all that it computes with."""
+        from niwaki.tuning.beside import fingerprint
+
+        return fingerprint(self.model.state_dict(), ())
+
+    def say(self, batch: Mapping[str, Tensor]) -> Said:
+        """One forward pass over a batch."""
         device = batch["input_ids"].device
         if next(self.model.parameters()).device != device:
             self.model.to(device)

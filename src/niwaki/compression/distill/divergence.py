@@ -39,15 +39,16 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     return kl(student, mixed(student, teacher, alpha))
 
 
+def with_rest(logs: Tensor, places: Tensor) -> Tensor:
+    """Log-probabilities of the classes at `places` (n, count), and of all others together: (n, count + 1)."""
+    rest = torch.ones_like(logs, dtype=torch.bool).scatter(-1, places, False)
+    others = logs.masked_fill(~rest, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logs.gather(-1, places), others], dim=-1)
+
+
 def top_and_rest(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the `count` classes that the teacher finds likeliest, and of all the others together: both
     (n, count + 1). So what the student gives to the others counts, which it would not if these were left out; and no
     divergence is larger than that of all classes."""
     places = teacher.topk(count, dim=-1).indices
-    rest = torch.ones_like(teacher, dtype=torch.bool).scatter(-1, places, False)
-
-    def gathered(logs: Tensor) -> Tensor:
-        others = logs.masked_fill(~rest, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([logs.gather(-1, places), others], dim=-1)
-
-    return gathered(student), gathered(teacher)
+    return with_rest(student, places), with_rest(teacher, places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.distill import divergence
+from niwaki.compression.distill.answers import Kept, Remembered, RememberedTerm, Targets
 from niwaki.compression.distill.distillation import Distillation, Lesson
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import Said, Teacher
-from niwaki.stage import Context
+from niwaki.model.teacher import Said, Taught, Teacher
+from niwaki.stage import Context, Effects, Stage
 
 SKEWED = ("skewed_kl", "skewed_reverse_kl")
 
@@ -28,8 +29,9 @@ class Logits(Distillation):
     KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al. 2023, arXiv:2306.13649); skewed_kl
     KL(p || alpha p + (1 - alpha) q), skewed_reverse_kl KL(q || alpha q + (1 - alpha) p) (Ko et al. 2024,
     arXiv:2402.03898).
-    `top_k`: of the classes that the teacher finds likeliest, and all others as one. The task's own loss is weighed by
-    `task_weight` at the root of the config (0 learns from the teacher alone).
+    `top_k`: of the classes that the teacher finds likeliest, and all others as one. `cache`: what the teacher says of
+    the training rows is computed once, kept on disk and used again, by later runs too. The task's own loss is weighed
+    by `task_weight` at the root of the config (0 learns from the teacher alone).
     """
 
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
@@ -39,6 +41,7 @@ class Logits(Distillation):
     beta: float | None = None
     alpha: float | None = None
     top_k: int | None = None
+    cache: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,14 +59,37 @@ class Logits(Distillation):
             if value is not None and not 0 < value < 1:
                 raise ConfigError(f"compression.logits.{name}={value}: needs a number above 0 and below 1")
 
+    def conflict(self, others: Sequence[Stage]) -> str | None:
+        taught = [o for o in others if isinstance(o, Distillation) or (isinstance(o, Taught) and o.teachers())]
+        if self.cache and taught:
+            return (
+                f"{self.title}.cache=true and {taught[0].name}: the teacher runs for the other term anyway; leave it "
+                "false"
+            )
+        return super().conflict(others)
+
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        config: Any = anatomy.model.config
-        output = anatomy.model.get_output_embeddings()  # type: ignore[operator]
-        classes = config.num_labels if output is None else output.weight.shape[0]
+        classes = classes_of(anatomy)
         if self.top_k is not None and self.top_k >= classes:
             raise ConfigError(
                 f"compression.logits.top_k={self.top_k}: has no effect, there are {classes} classes; leave it null"
             )
+
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        if not self.cache:
+            return super().prepare(model, context)
+        teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
+        classes = min(map(classes_of, (context.anatomy, teacher.anatomy)))
+        kept = Kept(classes=classes, top_k=self.top_k, temperature=self.temperature if self.top_k else None)
+        answers = Remembered(teacher, context, kept, f"{self.title}.cache")
+        return Effects(terms={self.name: RememberedTerm(answers, context, self.compare_remembered, self.weight)})
+
+    def compare_remembered(self, student: Tensor, said: Targets) -> Tensor:
+        """The same divergence, from what was kept of the teacher."""
+        if said.places is None:
+            return softened_divergence(student, said.values, self.temperature, self.measure())
+        logs = functional.log_softmax(student.float() / self.temperature, dim=-1)
+        return self.temperature**2 * self.measure()(divergence.with_rest(logs, said.places), said.values)
 
     def lesson(self, context: Context, teacher: Teacher) -> Lesson:
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
@@ -83,6 +109,13 @@ class Logits(Distillation):
             "skewed_reverse_kl": partial(divergence.skewed_reverse_kl, alpha=alpha),
         }
         return measures[self.divergence]
+
+
+def classes_of(anatomy: Anatomy) -> int:
+    """The classes that a model tells apart: labels, or tokens."""
+    model: Any = anatomy.model
+    output = model.get_output_embeddings()
+    return int(model.config.num_labels if output is None else output.weight.shape[0])
 
 
 def softened_divergence(

@@ -1,0 +1,204 @@
+"""Remembered answers: they are what the teacher says, row by row; whatever changes, they are another file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lifecycle import begin, recipe_of, write_rows, write_teachers
+
+from niwaki.compression.distill import answers
+from niwaki.compression.distill.answers import Kept, remove_oldest, spans
+from niwaki.compression.distill.hidden import Hidden
+from niwaki.compression.distill.logits import Logits
+from niwaki.errors import ConfigError
+from niwaki.fit import fit
+from niwaki.model.teacher import Teacher
+from niwaki.stage import refuse_conflicts
+
+KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NIWAKI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "answers"
+
+
+def sides(setting: Callable[..., Any], family: str, task: str, **fields: Any) -> tuple[Any, Any, dict[bool, Any]]:
+    """A student, a teacher, and their terms: without a cache and with one."""
+    one, other = setting(family, task), setting(family, task, seed=1)
+    for parameter in other.model.parameters():
+        parameter.data *= 3
+    teacher = Teacher(other.model)
+    terms = {}
+    for kept in (False, True):
+        context = one.context(load_teacher=lambda *_: teacher)
+        stage = Logits(**({"teacher": "there", "temperature": 3.0, "weight": 0.7, "cache": kept} | fields))
+        terms[kept] = stage.prepare(one.model, context).terms["distill/logits"]
+    return one, teacher, terms
+
+
+def shuffled(one: Any) -> dict[str, torch.Tensor]:
+    """Some of the rows, in another order and in a batch of other padding."""
+    whole = one.numbered()
+    order = torch.tensor([2, 0]) if len(whole["row"]) > 2 else torch.tensor([1, 0])
+    return {name: tensor[order] for name, tensor in whole.items()}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"top_k": 1}, {"top_k": 2, "divergence": "reverse_kl"}, {"divergence": "skewed_kl"}]
+)
+@pytest.mark.parametrize(("family", "task"), KINDS)
+def test_the_loss_is_that_of_the_teacher_itself(
+    setting: Callable[..., Any], family: str, task: str, fields: dict[str, Any]
+) -> None:
+    one, _, terms = sides(setting, family, task, **fields)
+    for batch in (one.numbered(), shuffled(one)):
+        outputs = one.model(**one.task.inputs(batch))
+        live, kept = (terms[kind](outputs, batch) for kind in (False, True))
+        assert live.item() > 1e-4
+        assert kept.item() == pytest.approx(live.item(), rel=1e-4)
+    kept.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in one.model.parameters())
+
+
+def test_the_teacher_runs_once_for_each_row_and_not_at_all_the_next_time(setting: Callable[..., Any]) -> None:
+    for expected in (1, 0):
+        one, teacher, terms = sides(setting, "bert", "classification")
+        calls = []
+        teacher.model.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        batch = one.numbered()
+        for _ in range(3):
+            terms[True](one.model(**one.task.inputs(batch)), batch)
+        assert len(calls) == expected
+
+
+def test_what_changes_an_answer_is_another_file(setting: Callable[..., Any], cache: Path) -> None:
+    def made(change: Callable[[Any, Any], None] = lambda *_: None, autocast: bool = False, **fields: Any) -> int:
+        one, teacher, terms = sides(setting, "bert", "ner", **fields)
+        change(one, teacher)
+        batch = one.numbered()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            terms[True](one.model(**one.task.inputs(batch)), batch)
+        return len([path for path in cache.iterdir() if path.is_dir()])
+
+    def another_weight(_: Any, teacher: Any) -> None:
+        next(iter(teacher.model.parameters())).data[0, 0] += 1e-3
+
+    def another_row(one: Any, _: Any) -> None:
+        one.rows["tokens"][0] = ["another", *one.rows["tokens"][0][1:]]
+
+    def in_bf16(_: Any, teacher: Any) -> None:
+        teacher.precision = "bf16"
+
+    assert made() == made() == 1
+    assert made(another_weight) == 2
+    assert made(another_row) == 3
+    assert made(in_bf16) == 4
+    assert made(autocast=True) == 5
+    assert made(top_k=1) == 6
+    assert made(top_k=1, temperature=1.0) == 7
+    assert made(temperature=1.0) == 7  # all logits are there
+
+
+def test_all_logits_serve_any_temperature_and_the_likeliest_one() -> None:
+    logits = torch.tensor([[3.0, 0.0, 1.0, 9.0]])
+    assert torch.equal(Kept(classes=3).of(logits).values, logits[:, :3])
+    kept = Kept(classes=3, top_k=1, temperature=2.0).of(logits)
+    chances = torch.softmax(torch.tensor([1.5, 0.0, 0.5]), 0)
+    assert torch.allclose(kept.values.exp(), torch.stack([chances[0], chances[1] + chances[2]])[None])
+    assert kept.places is not None
+    assert kept.places.tolist() == [[0]]
+
+
+def test_the_places_of_rows() -> None:
+    starts, counts = spans(np.array([2, 2, 2, 0, 3, 3]))
+    assert starts.tolist() == [3, 0, 0, 4]
+    assert counts.tolist() == [1, 0, 3, 2]
+
+
+def test_two_that_want_the_same_answers_at_once_share_one_pass(setting: Callable[..., Any], cache: Path) -> None:
+    asked = [sides(setting, "bert", "classification") for _ in range(2)]
+    calls: list[int] = []
+    errors: list[BaseException] = []
+
+    def ask(one: Any, teacher: Any, terms: Any) -> None:
+        teacher.model.register_forward_hook(lambda *_: calls.append(1))
+        batch = one.numbered()
+        try:
+            terms[True](one.model(**one.task.inputs(batch)), batch)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=side) for side in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(calls) == 1
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+
+def test_a_pass_that_breaks_off_leaves_nothing(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _, terms = sides(setting, "bert", "classification")
+    batch = one.numbered()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            terms[True](one.model(**one.task.inputs(batch)), batch)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    terms[True](one.model(**one.task.inputs(batch)), batch)
+
+
+def test_the_oldest_answers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "LARGEST", 25)
+    for age, name in enumerate("dcba"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "values").write_bytes(b"0123456789")
+        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    remove_oldest(tmp_path, tmp_path / "d")
+    assert sorted(path.name for path in tmp_path.iterdir() if len(path.name) == 1) == ["a", "d"]
+
+
+def test_a_disk_without_room_is_refused(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _, terms = sides(setting, "bert", "classification")
+    monkeypatch.setattr(answers, "SPARE", 2**60)
+    batch = one.numbered()
+    with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers may need"):
+        terms[True](one.model(**one.task.inputs(batch)), batch)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_a_term_that_needs_the_teacher_anyway() -> None:
+    with pytest.raises(ConfigError, match=r"logits\.cache=true and distill/hidden: the teacher runs for the other"):
+        refuse_conflicts([Logits(teacher="x", cache=True), Hidden()])
+
+
+@pytest.mark.parametrize("task", ["classification", "ner", "causal_lm"])
+def test_a_fit_with_them_ends_where_one_without_does(tmp_path: Path, task: str) -> None:
+    files = write_rows(tmp_path)
+    teacher = write_teachers(files, tmp_path / "teachers", larger=True)[task]
+    ends = []
+    for number, cached in enumerate(("false", "true", "true")):
+        recipe = recipe_of(
+            task, files[task], "compression=distill/logits", f"compression.logits.teacher={teacher}",
+            f"compression.logits.cache={cached}", "trainer.max_epochs=3", checkpoints=False,
+        )  # fmt: skip
+        corpus, work = begin(recipe)
+        (tmp_path / str(number)).mkdir()
+        fit(recipe, corpus, work, tmp_path / str(number), {}, resume=False)
+        ends.append(work.model.state_dict())
+    assert all(torch.allclose(ends[1][name], value, atol=1e-4) for name, value in ends[0].items())
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[2].items())
