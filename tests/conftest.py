@@ -90,7 +90,8 @@ class Setting:
             head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
             token_ids=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             calibration=lambda count: [self.batch()], training=lambda: [self.numbered()],
-            training_key=lambda: repr(self.rows), inputs=self.task.inputs,
+            training_key=lambda: repr(self.rows), read_by=lambda _: lambda numbers: self.batch(),
+            inputs=self.task.inputs,
             loss=lambda model, batch: self.task.loss(model(**self.task.inputs(batch)), batch),
         )  # fmt: skip
 

@@ -17,7 +17,17 @@ from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import Seen, outline
-from niwaki.model.teacher import LooksInside, Taught, Teachers, Uncut, check_teacher, outline_of_teacher, the_one
+from niwaki.model.load import Pretrained
+from niwaki.model.teacher import (
+    LooksInside,
+    Taught,
+    Teachers,
+    Uncut,
+    check_stranger,
+    check_teacher,
+    outline_of_teacher,
+    the_one,
+)
 from niwaki.recipe import Recipe
 from niwaki.stage import Context, Phase, Stage, Trims, refuse_conflicts
 from niwaki.weights import fold
@@ -105,7 +115,10 @@ def check_teachers(recipe: Recipe, corpus: Corpus, student: Anatomy) -> None:
     vocabulary, taught = corpus.tokenizer.get_vocab(), [s for s in recipe.stages if isinstance(s, Taught)]
     for stage in taught:
         for field, place in stage.teachers().items():
-            check_teacher(place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus))
+            if stage.own_tokens:
+                check_stranger(place, recipe.task, corpus.labels, vocabulary, field)
+            else:
+                check_teacher(place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus))
     looking = [stage for stage in recipe.stages if isinstance(stage, LooksInside)]
     ours = outline(student) if looking else None
     theirs: dict[str, Seen] = {}
@@ -138,6 +151,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         calibration=corpus.calibration,
         training=corpus.numbered,
         training_key=corpus.training_key,
+        read_by=lambda place: corpus.read_by(Pretrained(name=place).tokenizer()),
         inputs=recipe.task.inputs,
         tokens=corpus.tokens,
         loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),

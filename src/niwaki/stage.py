@@ -64,6 +64,9 @@ class Context:
     calibration: Callable[[int], Sequence[Mapping[str, Tensor]]]  # so many rows of the training split, as batches
     training: Callable[[], Batches]  # all rows of the split as batches, numbered as `row`
     training_key: Callable[[], str]  # a digest of these rows as they are encoded
+    read_by: Callable[
+        [str], Callable[[Tensor], dict[str, Tensor]]
+    ]  # training rows by number, as a model's tokenizer reads
     inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what of a batch the model's forward takes
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # the task's own, of a model on a batch: a scalar
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold

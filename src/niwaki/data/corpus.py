@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -23,6 +23,7 @@ from niwaki.task.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ class Corpus:
     def training_key(self) -> str:
         """A digest of the training split as it is encoded."""
         return content_hash(self.features["train"], "")
+
+    def read_by(self, tokenizer: Any) -> Callable[[Tensor], dict[str, Any]]:
+        """(numbers of training rows) -> a batch of the same rows as another tokenizer reads them."""
+        source = self.features["train"] if self.task.whole else self.rows["train"]
+        key = [niwaki.__version__, encoding_hash(self.task), *map(tokenizer_hash, (self.tokenizer, tokenizer))]
+        function = partial(self.task.translate, tokenizer=self.tokenizer, other=tokenizer, labels=self.labels)
+        features = encode(source, function, "\n".join(["read by another", str(self.labels), *key]))
+
+        def read(numbers: Tensor) -> dict[str, Any]:
+            return self.task.collate(list(features.select(numbers.tolist(), keep_in_memory=True)), tokenizer)
+
+        return read
 
     def evaluation(self, split: str, rank: int = 0, world: int = 1) -> Batches:
         """Batches of a split in a fixed order."""

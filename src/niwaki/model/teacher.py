@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Taught(Protocol):
 
     teacher: str | None  # where it is; null: the one that another stage names
     precision: Precision | None  # that it runs in; null: fp32, or what another stage with the same teacher says
+    own_tokens: ClassVar[bool]  # whether the teacher reads the rows in tokens of its own, which differ
 
     def teachers(self) -> dict[str, str]:
         """The fields of the config that name a teacher, and the hub name, folder or artifact that each names."""
@@ -49,10 +50,12 @@ class LooksInside(Taught, Protocol):
 
 @dataclass(frozen=True)
 class Said:
-    """What a model made of a batch: the outputs of its forward pass, and what flowed through it where a term asks."""
+    """What a model made of a batch: the outputs of its forward pass, what flowed through it where a term asks, and the
+    batch that it read."""
 
     outputs: Any
     seen: Seen | None
+    batch: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def flows(self) -> list[Flow]:
@@ -78,6 +81,9 @@ class Teacher:
         self.precision = precision
         self.anatomy = Anatomy.of(model)
         self.terms = 0
+        self.reader: Callable[[Tensor], dict[str, Tensor]] | None = (
+            None  # of the rows with these numbers, in its tokens
+        )
         self._recorder: Recorder | None = None
         self._batch: Mapping[str, Tensor] | None = None
         self._said: Said | None = None
@@ -111,8 +117,10 @@ class Teacher:
         return fingerprint(self.model.state_dict(), ())
 
     def say(self, batch: Mapping[str, Tensor]) -> Said:
-        """One forward pass over a batch."""
+        """One forward pass over a batch, or over the same rows in tokens of its own."""
         device = batch["input_ids"].device
+        if self.reader is not None:
+            batch = {name: tensor.to(device) for name, tensor in self.reader(batch["row"].cpu()).items()}
         if next(self.model.parameters()).device != device:
             self.model.to(device)
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if has_segments(self.model.config) else [])]
@@ -124,7 +132,7 @@ class Teacher:
         seen = None
         if self._recorder is not None:
             seen, self._recorder.seen = self._recorder.seen, None
-        return Said(outputs, seen)
+        return Said(outputs, seen, batch)
 
 
 def to_int8(anatomy: Anatomy, field: str) -> None:
@@ -170,6 +178,29 @@ def check_teacher(
     Raises:
         ConfigError: another task, other labels, or another vocabulary.
     """
+    words = check_job(place, task, labels, field)
+    if words != vocabulary and (uncut is None or words != uncut.words):
+        raise ConfigError(
+            f"{field}={place!r}: its vocabulary ({len(words)} entries) is not the student's ({len(vocabulary)}); "
+            "use distill/cross_vocabulary, whose teacher reads the rows in tokens of its own"
+        )
+    return bool(words == vocabulary)
+
+
+def check_stranger(place: str, task: Task, labels: Sequence[str], vocabulary: dict[str, int], field: str) -> None:
+    """The same for a teacher that is to read other tokens than the student.
+
+    Raises:
+        ConfigError: another task, other labels, or the same vocabulary.
+    """
+    if check_job(place, task, labels, field) == vocabulary:
+        raise ConfigError(
+            f"{field}={place!r}: has the student's vocabulary; use distill/logits, which compares classes"
+        )
+
+
+def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict[str, int]:
+    """Refuse a teacher of another task or with other labels; its vocabulary."""
     place = located(place, field)
     spec = Pretrained(name=place)
     if artifact.is_artifact(place):
@@ -186,13 +217,8 @@ def check_teacher(
                 f"{field}={place!r}: is a {config.architectures[0]}; the task {task.name} needs a {needed}"
             )
         refuse_other_labels(place, [config.id2label[i] for i in sorted(config.id2label)], labels, field)
-    words = spec.tokenizer().get_vocab()
-    if words != vocabulary and (uncut is None or words != uncut.words):
-        raise ConfigError(
-            f"{field}={place!r}: its vocabulary ({len(words)} entries) is not the student's ({len(vocabulary)}); "
-            "logits can only be compared on the same one"
-        )
-    return bool(words == vocabulary)
+    words: dict[str, int] = spec.tokenizer().get_vocab()
+    return words
 
 
 def refuse_other_labels(place: str, theirs: Sequence[str], labels: Sequence[str], field: str) -> None:
@@ -217,7 +243,11 @@ class Teachers:
         """The teacher at a place (null: the one that the stages name), for one more term."""
         place = place or the_one(self._stages)
         if place not in self._teachers:
-            model = load_teacher(place, self._task, self._labels, self._vocabulary, field, self._uncut)
+            if any(stage.own_tokens and stage.teacher == place for stage in self._stages if isinstance(stage, Taught)):
+                check_stranger(place, self._task, self._labels, self._vocabulary, field)
+                model = loaded(located(place, field), self._task, field)
+            else:
+                model = load_teacher(place, self._task, self._labels, self._vocabulary, field, self._uncut)
             self._teachers[place] = Teacher(model, precision_of(place, self._stages), field)
         self._teachers[place].terms += 1
         return self._teachers[place]

@@ -56,7 +56,7 @@ class CausalLM(Task):
             )
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
-        separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        separator = separator_of(tokenizer)
         stream: list[int] = []
         # A document stays whole, however long: cut at a line break, some tokenizers give other tokens.
         for part in batched(documents(rows["text"]), DOCUMENTS_AT_ONCE):
@@ -69,6 +69,18 @@ class CausalLM(Task):
             )
         stride = self.max_length - 1
         blocks = [stream[i : i + self.max_length] for i in range(0, len(stream) - 1, stride)]
+        return {"input_ids": blocks, "length": [len(block) for block in blocks]}
+
+    def translate(self, rows: Rows, tokenizer: Any, other: Any, labels: Sequence[str]) -> Rows:
+        """The text of each block anew, cut at `max_length` tokens; separators stay between the documents."""
+        ends, begins = separator_of(tokenizer), separator_of(other)
+        blocks = []
+        for ids in rows["input_ids"]:
+            texts = tokenizer.batch_decode(parted(ids, ends), skip_special_tokens=True)
+            encoded = other(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            between = [] if begins is None else [begins]
+            joined = [token for number, part in enumerate(encoded) for token in (between if number else []) + part]
+            blocks.append(joined[: self.max_length])
         return {"input_ids": blocks, "length": [len(block) for block in blocks]}
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
@@ -126,6 +138,23 @@ def documents(texts: Sequence[str]) -> list[str]:
         if not text.endswith(("\n", "\r")):
             joined.append([])
     return ["".join(pieces) for pieces in joined if pieces]
+
+
+def separator_of(tokenizer: Any) -> int | None:
+    """The token before each document: bos, else eos."""
+    token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return token
+
+
+def parted(ids: list[int], separator: int | None) -> list[list[int]]:
+    """`ids` in pieces, between separators; the first is empty where one stands first."""
+    pieces: list[list[int]] = [[]]
+    for token in ids:
+        if token == separator:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return pieces
 
 
 class TokenScores(Scores):

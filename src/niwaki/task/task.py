@@ -85,6 +85,11 @@ class Task(abc.ABC):
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         """Columns of text to columns of features: `input_ids`, `labels`, `length` and what else is needed."""
 
+    def translate(self, rows: Rows, tokenizer: Any, other: Any, labels: Sequence[str]) -> Rows:
+        """What `encode` makes of the same rows, one for one, with the tokenizer `other`. `rows` are columns of text, or
+        with `whole` the features that `tokenizer` made."""
+        return self.encode(rows, other, labels)
+
     @abc.abstractmethod
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Rows of features to one padded batch."""

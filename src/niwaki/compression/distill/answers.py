@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 import niwaki
 from niwaki.compression.distill.divergence import with_rest
+from niwaki.compression.distill.states import owned
 from niwaki.data.encode import cache_folder
 from niwaki.errors import ConfigError
 from niwaki.model.teacher import Teacher
@@ -160,11 +160,8 @@ class Remembered:
     def _ask(self, batch: Mapping[str, Tensor]) -> tuple[Targets, Tensor]:
         """What the teacher says of the positions that count, and the row of each."""
         assert self._teacher is not None
-        outputs = self._teacher.say(batch).outputs
-        rows = batch["row"].view(-1, *[1] * (outputs.logits.dim() - 1))
-        numbered = SimpleNamespace(logits=rows.expand(*outputs.logits.shape[:-1], 1))
-        logits, owner = (self._context.predictions(one, batch) for one in (outputs, numbered))
-        return self._kept.of(logits), owner[:, 0]
+        logits, owner = owned(self._context.predictions, self._teacher.say(batch).outputs, batch, batch["row"])
+        return self._kept.of(logits), owner
 
     def _check_space(self, folder: Path, first: int, batches: int) -> None:
         """Raise ConfigError where the disk has no room for as many batches as the first, which is the longest."""

@@ -36,6 +36,7 @@ class Distillation(Stage):
     another names. A teacher that several share runs once for each batch, in one `precision` (null: fp32)."""
 
     phase: ClassVar[Phase] = Phase.OBJECTIVE
+    own_tokens: ClassVar[bool] = False
 
     teacher: str | None = None
     precision: Precision | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,15 @@ def text_of(batch: Mapping[str, Tensor]) -> Tensor:
     """Which positions are text, and no padding: (rows, positions), bool."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def owned(predictions: Any, outputs: Any, batch: Mapping[str, Tensor], numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (positions, classes) of the positions that count, and for each the one of `numbers` (rows,) that is its
+    row's: `predictions` picks them from a row's number at every position as it does from logits."""
+    rows = numbers.view(-1, *[1] * (outputs.logits.dim() - 1))
+    numbered = SimpleNamespace(logits=rows.expand(*outputs.logits.shape[:-1], 1))
+    logits, owner = (predictions(one, batch) for one in (outputs, numbered))
+    return logits, owner[:, 0]
 
 
 def mean_over(values: Tensor, where: Tensor) -> Tensor:
