@@ -121,10 +121,10 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(tmp_path: Path, t
 
     def run(name: str, place: Path, *more: str) -> Any:
         config = compose.compose(
-            [f"task={task}", "model=pretrained", f"model.name={student}", "data=files", "logger=none",
-             "measure=scores", *(f"data.{split}={file}" for split in ("train", "validation", "test")), "trainer.max_steps=4", "callbacks=[]",
-             "data.batch_size=4", "task.max_length=16", "trainer.precision=fp32", "optimizer.lr=1e-3", *more,
-             f"compression.{name}.teacher={place}", f"compression=[distill/{name}]"]
+            [f"task={task}", "model=pretrained", f"model.name={student}", "data=files", "logger=none", "callbacks=[]",
+             "measure=scores", *(f"data.{split}={file}" for split in ("train", "validation", "test")),
+             "trainer.max_steps=4", "data.batch_size=4", "task.max_length=16", "trainer.precision=fp32", *more,
+             "optimizer.lr=1e-3", f"compression.{name}.teacher={place}", f"compression=[distill/{name}]"]
         ).config  # fmt: skip
         (tmp_path / "run").mkdir(exist_ok=True)
         return pipeline.run(compose.build(config), tmp_path / "run", config)
