@@ -112,11 +112,14 @@ def carry_out(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def run(config: Mapping[str, Any], folder: Path, resume: bool) -> None:
-    """Build the recipe once, run it."""
-    from niwaki import pipeline
+    """Build the recipe once, run it; a teacher that is to be tuned first is, once the recipe has been judged."""
+    from niwaki import auto_teacher, pipeline
     from niwaki.quiet import quiet_progress
 
     quiet_progress()
+    if auto_teacher.wanted(config):
+        pipeline.judge(compose.build(config))
+        config = auto_teacher.with_teacher(config, run)
     pipeline.run(compose.build(config), folder, config, resume=resume)
 
 

@@ -40,13 +40,8 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
         UserError: the recipe, the data or the model cannot be used; nothing was written then.
     """
     console = Console()
-    refuse_conflicts(recipe.stages)
-    recipe.trainer.prepare()
-    pl.seed_everything(recipe.seed, verbose=False)
-    corpus = read(recipe)
-    for stage in recipe.stages:
-        stage.check_steps(recipe.trainer.steps(len(corpus.training())))
-    check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels))
+    corpus, empty = judge(recipe)
+    check_teachers(recipe, corpus, empty)
     console.plan(recipe, corpus)
 
     model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
@@ -67,6 +62,17 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     fitted.close(metrics)
     console.result(metrics, folder)
     return metrics
+
+
+def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:
+    """Refuse what can be refused before weights are loaded, teachers aside; the data, and the model without weights."""
+    refuse_conflicts(recipe.stages)
+    recipe.trainer.prepare()
+    pl.seed_everything(recipe.seed, verbose=False)
+    corpus = read(recipe)
+    for stage in recipe.stages:
+        stage.check_steps(recipe.trainer.steps(len(corpus.training())))
+    return corpus, check_on_empty_model(recipe, corpus.labels)
 
 
 def read(recipe: Recipe) -> Corpus:
