@@ -40,7 +40,7 @@ REFUSED: dict[tuple[str, ...], str] = {  # (method, another method or tuning ...
     ("share/embeddings", "causal_lm"): "tied to its embeddings already",
     ("share/embeddings",): "has no output layer",
 }
-ELSEWHERE = ("distill/cross_vocabulary",)  # its teacher reads other tokens: tests/compression/distill
+ELSEWHERE = ("distill/cross_vocabulary", "distill/on_policy")  # of other tokens, for language models: their own tests
 METHODS = [name for name in names("compression") if not name.startswith("quantize/") and name not in ELSEWHERE]
 CELLS = [(tuning, more) for tuning in ("full", "lora") for more in ((), ("quantize/qat",))]
 

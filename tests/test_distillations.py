@@ -12,8 +12,11 @@ from lifecycle import TASKS, begin, beside, finish, recipe_of, train, write_rows
 from niwaki.combinations import names
 from niwaki.fit import fit
 
-ELSEWHERE = "distill/cross_vocabulary"  # its teacher reads other tokens: tests/compression/distill
-METHODS = [name for name in names("compression") if name.startswith("distill/") and name != ELSEWHERE]
+ELSEWHERE = (
+    "distill/cross_vocabulary",
+    "distill/on_policy",
+)  # of other tokens, for language models alone: their own tests
+METHODS = [name for name in names("compression") if name.startswith("distill/") and name not in ELSEWHERE]
 PROJECTED = {"distill/hidden": 2, "distill/cosine": 1, "distill/pkd": 1}  # learned maps to the teacher's width
 
 

@@ -23,7 +23,7 @@ from niwaki.recipe import Recipe  # noqa: E402
 from niwaki.stage import refuse_conflicts  # noqa: E402
 
 LABELS = {"classification": ("no", "yes"), "ner": ("B-X", "I-X", "O")}  # by task; () for the others
-TERMS = ("attention", "cosine", "cross_vocabulary", "hidden", "logits", "minilm", "pkd", "relational")
+TERMS = ("attention", "cosine", "cross_vocabulary", "hidden", "logits", "minilm", "on_policy", "pkd", "relational")
 NEEDED = {f"distill/{term}": [f"compression.{term}.teacher=teacher"] for term in TERMS}  # what they cannot do without
 YES = "yes"
 

@@ -222,6 +222,18 @@ def recorder_of(anatomy: Anatomy) -> Recorder:
     return found
 
 
+@contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """What was seen of the model before stays, whatever passes go through it meanwhile."""
+    recorder: Recorder | None = model.__dict__.get(NAME)
+    before = recorder.seen if recorder else None
+    try:
+        yield
+    finally:
+        if recorder:
+            recorder.seen = before
+
+
 def tells_attention(anatomy: Anatomy) -> bool:
     """Whether the model asks transformers for its attention function, as everything that is recorded of it needs."""
     model: Any = anatomy.model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from niwaki.compression.distill.distillation import Distillation, Lesson
+from niwaki.compression.distill.distillation import Compared, Lesson
 from niwaki.compression.distill.logits import softened_divergence
 from niwaki.compression.distill.states import owned
 from niwaki.errors import ConfigError
@@ -19,7 +19,7 @@ from niwaki.stage import Context, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossVocabulary(Distillation):
+class CrossVocabulary(Compared):
     """weight * sum_i |p_(i) - q_(i)|, the mean over positions, with p_(1) >= p_(2) >= ... the teacher's probabilities
     and q_(i) the student's, and zeros where one has fewer: the Wasserstein distance of two distributions whose classes
     are all as far from one another.

@@ -72,6 +72,11 @@ class Distillation(Stage):
     def needs_fit(self) -> str:
         return f"{self.title}: has no effect with trainer.max_epochs=0; a student learns in a fit"
 
+
+@dataclass(frozen=True, kw_only=True)
+class Compared(Distillation):
+    """A term that compares what student and teacher make of the same rows."""
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
         lesson = self.seeded_lesson(context, teacher)
@@ -89,7 +94,7 @@ class Distillation(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Representation(Distillation):
+class Representation(Compared):
     """A term that compares what flows through student and teacher."""
 
     attention: ClassVar[bool] = False  # whether it compares what their attentions compare

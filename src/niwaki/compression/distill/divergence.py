@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from niwaki.errors import ConfigError
 
 Name = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl"]
 
@@ -37,6 +41,33 @@ def skewed_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 def skewed_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q) (DistiLLM)."""
     return kl(student, mixed(student, teacher, alpha))
+
+
+SKEWED = ("skewed_kl", "skewed_reverse_kl")
+
+
+def measure_of(name: Name, beta: float | None, alpha: float | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The divergence of that name, of the logarithms of (student, teacher); null: beta 0.5, alpha 0.1."""
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "forward_kl": lambda student, teacher: kl(teacher, student),
+        "reverse_kl": kl,
+        "jensen_shannon": partial(jensen_shannon, beta=beta or 0.5),
+        "skewed_kl": partial(skewed_kl, alpha=alpha or 0.1),
+        "skewed_reverse_kl": partial(skewed_reverse_kl, alpha=alpha or 0.1),
+    }
+    return measures[name]
+
+
+def check_shares(name: Name, beta: float | None, alpha: float | None, title: str) -> None:
+    """Raise ConfigError where beta or alpha has no effect with a divergence, or is no share."""
+    for field, value, users in (("beta", beta, ("jensen_shannon",)), ("alpha", alpha, SKEWED)):
+        if value is not None and name not in users:
+            raise ConfigError(
+                f"{title}.{field}={value}: has no effect with divergence={name}; leave it null, or use "
+                f"{' or '.join(users)}"
+            )
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"{title}.{field}={value}: needs a number above 0 and below 1")
 
 
 def with_rest(logs: Tensor, places: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,17 +11,15 @@ from torch.nn import functional
 
 from niwaki.compression.distill import divergence
 from niwaki.compression.distill.answers import Kept, Remembered, RememberedTerm, Targets
-from niwaki.compression.distill.distillation import Distillation, Lesson
+from niwaki.compression.distill.distillation import Compared, Distillation, Lesson
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.teacher import Said, Taught, Teacher
 from niwaki.stage import Context, Effects, Stage
 
-SKEWED = ("skewed_kl", "skewed_reverse_kl")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Logits(Distillation):
+class Logits(Compared):
     """weight * T^2 * D(softmax(z_teacher / T), softmax(z_student / T)), mean over the positions that count.
 
     D, with p the teacher and q the student: forward_kl KL(p || q); reverse_kl KL(q || p); jensen_shannon, `beta`
@@ -49,15 +46,7 @@ class Logits(Distillation):
             raise ConfigError(f"compression.logits.temperature={self.temperature}: needs a number above 0")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"compression.logits.top_k={self.top_k}: needs null or a whole number of at least 1")
-        for name, users in (("beta", ("jensen_shannon",)), ("alpha", SKEWED)):
-            value = getattr(self, name)
-            if value is not None and self.divergence not in users:
-                raise ConfigError(
-                    f"compression.logits.{name}={value}: has no effect with divergence={self.divergence}; leave it "
-                    f"null, or use {' or '.join(users)}"
-                )
-            if value is not None and not 0 < value < 1:
-                raise ConfigError(f"compression.logits.{name}={value}: needs a number above 0 and below 1")
+        divergence.check_shares(self.divergence, self.beta, self.alpha, self.title)
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
         taught = [o for o in others if isinstance(o, Distillation) or (isinstance(o, Taught) and o.teachers())]
@@ -100,15 +89,7 @@ class Logits(Distillation):
 
     def measure(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The divergence, of the logarithms of (student, teacher)."""
-        beta, alpha = self.beta or 0.5, self.alpha or 0.1
-        measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "forward_kl": lambda student, teacher: divergence.kl(teacher, student),
-            "reverse_kl": divergence.kl,
-            "jensen_shannon": partial(divergence.jensen_shannon, beta=beta),
-            "skewed_kl": partial(divergence.skewed_kl, alpha=alpha),
-            "skewed_reverse_kl": partial(divergence.skewed_reverse_kl, alpha=alpha),
-        }
-        return measures[self.divergence]
+        return divergence.measure_of(self.divergence, self.beta, self.alpha)
 
 
 def classes_of(anatomy: Anatomy) -> int:
