@@ -64,7 +64,7 @@ def test_scope_layer_compares_all_rows() -> None:
     scores = weight.abs() * inputs.norm(dim=0)
     assert torch.equal(mask.mask, scores > scores.flatten().sort().values[15])
     assert mask.mask[0].all()
-    assert [Wanda(pattern=p).by_row for p in ("unstructured", "2:4", "1x4", "4x1")] == [True, False, True, False]
+    assert [Wanda(pattern=p).compared for p in ("unstructured", "2:4", "1x4", "4x1")] == ["row", "layer"] * 2
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ class Scheduled(Pruning):
         return int(given(self.rounds, 3))
 
     @property
+    def compared(self) -> Scope:
+        return self.scope
+
+    @property
     def moves_base(self) -> bool:
         return self.schedule == "rigl"
 
