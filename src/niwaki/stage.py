@@ -158,6 +158,11 @@ class Tuning(Stage):
         True  # whether its link adds to the base weight, so that a change below it is one above it
     )
 
+    trains_base: ClassVar[bool] = True  # whether weights of the linears that the model brought learn themselves
+    moves_linears: ClassVar[bool] = (
+        True  # whether some of any linear of the blocks do, or a delta that is added to them
+    )
+
     def grow(self, model: nn.Module, anatomy: Anatomy) -> list[Edit]:
         """Add the layers that stay in the saved model, and return the edits that rebuild them. Called before the
         targets of the weight methods are read, so that they see these layers too; and on an empty model (meta

@@ -28,11 +28,13 @@ from niwaki.model.tiny import FAMILIES, Tiny
 from niwaki.optimizer import SGD, AdamW
 from niwaki.stage import Phase, Stage, refuse_conflicts
 from niwaki.task.classification import Classification
+from niwaki.tuning.bitfit import BitFit
 from niwaki.tuning.delta import unload
 from niwaki.tuning.full import Full
 from niwaki.tuning.gradual import Gradual
 from niwaki.tuning.head import Head
 from niwaki.tuning.lora import LoRA
+from niwaki.tuning.prompt import PromptTuning
 from niwaki.weights import entering, fold, links, stack
 
 
@@ -562,6 +564,10 @@ class Late(Magnitude):
 def test_what_cannot_be_combined() -> None:
     with pytest.raises(ConfigError, match=r"tuning=gradual and share/codebook: centroids learn in place"):
         refuse_conflicts([Gradual(), CodebookSharing()])
+    for frozen in (Head(), BitFit(), PromptTuning()):
+        with pytest.raises(ConfigError, match=r"and share/codebook with \S+reassign=5: no weight moves, so none would"):
+            refuse_conflicts([frozen, CodebookSharing(reassign=5)])
+    refuse_conflicts([LoRA(), CodebookSharing(reassign=5)])
     with pytest.raises(ConfigError, match=r"share/codebook with begin=1 and quantize/qat: "):
         refuse_conflicts([QAT(), CodebookSharing(begin=1.0)])
     late = Late()

@@ -16,7 +16,7 @@ from niwaki.compression.share.stored import CodebookLinear, UseCodebook, look_up
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.stage import Context, Effects, Phase, Stage
+from niwaki.stage import Context, Effects, Phase, Stage, Tuning
 from niwaki.weights import Link, entering, links, stack
 
 FIELD = "compression.codebook"
@@ -239,6 +239,11 @@ class CodebookSharing(Stage):
                 return (
                     f"tuning=gradual and {self.name}: centroids learn in place of the weights, and would not thaw with "
                     f"them; use tuning=full, or {FIELD}.begin=1"
+                )
+            if self.reassign and isinstance(other, Tuning) and not other.moves_linears:
+                return (
+                    f"tuning={other.name} and {self.name} with {FIELD}.reassign={self.reassign}: no weight moves, so "
+                    f"none would take another centroid; leave {FIELD}.reassign null"
                 )
             if other.phase is Phase.QUANTIZE and other.during_fit and not self.during_fit:
                 return (
