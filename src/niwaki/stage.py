@@ -141,10 +141,16 @@ class Stage(abc.ABC):
 
 @runtime_checkable
 class Trims(Protocol):
-    """A stage that leaves tokens out. The data is read with the smaller tokenizer from then on."""
+    """A stage that leaves tokens out. The data is read with the smaller tokenizer from then on, and the empty model has
+    the smaller tables when later methods are checked on it."""
 
     def kept_tokens(self, corpus: Corpus, config: Any) -> Sequence[int]:
         """The tokens that stay, by their numbers in the tokenizer of `corpus`, ascending. `config`: the model's."""
+        ...
+
+    def trim(self, model: Any, tokens: Sequence[int]) -> Edit:
+        """Keep these tokens in a model, which may be empty; the edit that does it. Raises ConfigError where it cannot
+        lose the others."""
         ...
 
 
