@@ -207,6 +207,15 @@ def test_methods_work_or_are_refused(
     assert len(saved) == len(CELLS) - refused
 
 
+def test_a_run_without_compression_shows_nothing_of_it(plain: Callable[[str, str], Any]) -> None:
+    """So that a method which does nothing is found out."""
+    assert set(SHOWS) == set(METHODS)
+    shown = [
+        name for name, shows in SHOWS.items() if shows(plain("classification", "full"), plain("classification", "full"))
+    ]
+    assert shown == []
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_pattern_below_integers_survives_the_merge(method: str, files: dict[str, str], tmp_path: Path) -> None:
     """Masks act on the sum of base and delta, and integers have a zero: two of four codes are zero in the file."""

@@ -102,7 +102,11 @@ def entered(
 ) -> list[nn.Module]:  # fmt: skip
     """These blocks in the order in which a batch enters them; one that is used several times stands there as often."""
     found: list[nn.Module] = []
-    handles = [block.register_forward_pre_hook(lambda module, inputs: found.append(module)) for block in blocks]
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        found.append(module)
+
+    handles = [block.register_forward_pre_hook(note) for block in blocks]
     try:
         model(**context.inputs(to_device(batch, next(model.parameters()).device)))
     finally:
