@@ -98,7 +98,7 @@ def begin(recipe: Recipe) -> tuple[Corpus, Work]:
     refuse_conflicts(recipe.stages)
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = read(recipe)
-    check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels))
+    check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels, corpus.tokens))
     return corpus, assemble(recipe, corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed))
 
 

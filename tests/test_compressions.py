@@ -1,19 +1,28 @@
 """Every method of pruning, sharing, factorisation and distillation x {full, lora} x {alone, quantize/qat} x task, and
 every pair of them, on tiny random models: trains, resumes, folds, is saved and reloaded with the same logits, or is
-refused before loading."""
+refused before loading. What is reloaded shows what the method did."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from lifecycle import TASKS, check_in_a_fresh_process, live, look, recipe_of, write_rows, write_teachers
 
+from niwaki import artifact
 from niwaki.combinations import names
+from niwaki.compression.factorize.low_rank import LowRankLinear
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.embeddings import FactorizedEmbedding, is_tied, table_of
+from niwaki.model.units import Kind, units_of
 from niwaki.recipe import Recipe
+from niwaki.weights import to_dense
 
 SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their defaults do, without "compression."
     "prune/cofi": ["cofi.teacher={teacher}", "cofi.masks=[heads,neurons,hidden]"],
@@ -42,6 +51,73 @@ REFUSED: dict[tuple[str, ...], str] = {  # (method, another method or tuning ...
 }
 ELSEWHERE = ("distill/cross_vocabulary", "distill/on_policy")  # of other tokens, for language models: their own tests
 METHODS = [name for name in names("compression") if not name.startswith("quantize/") and name not in ELSEWHERE]
+
+
+def weights(model: Any) -> list[torch.Tensor]:
+    """Those of the linears of the blocks, dense."""
+    to_dense(model)
+    return [linear.weight.detach() for linear in Anatomy.of(model).linears().values()]
+
+
+def zeros(model: Any) -> set[float]:
+    """The shares of zeros that its linears have."""
+    return {round(float((weight == 0).float().mean()), 2) for weight in weights(model)}
+
+
+def units(model: Any, kind: Kind) -> int:
+    """How many heads or neurons it has."""
+    return sum(found.count for found in units_of(Anatomy.of(model), kind))
+
+
+def size(model: Any) -> int:
+    """Its weights in linears of the blocks."""
+    return sum(weight.numel() for weight in weights(model))
+
+
+def zero_blocks(model: Any) -> set[float]:
+    """The shares of 2 x 2 blocks of zeros."""
+    parted = [weight.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)) for weight in weights(model)]
+    return {float((blocks == 0).all(3).all(1).float().mean()) for blocks in parted}
+
+
+def by_fours(model: Any) -> bool:
+    """Whether two of every four neighbours along the input are zero."""
+    return all(bool(((weight.unflatten(1, (-1, 4)) == 0).sum(2) >= 2).all()) for weight in weights(model))
+
+
+# What the reloaded model shows of a method, beside one of the same run without it (model, plain).
+SHOWS: dict[str, Callable[[Any, Any], bool]] = {
+    "prune/cofi": lambda model, plain: size(model) < 0.75 * size(plain),
+    "prune/heads": lambda model, plain: units(model, "heads") == units(plain, "heads") / 2,
+    "prune/neurons": lambda model, plain: units(model, "neurons") == units(plain, "neurons") / 2,
+    "prune/width": lambda model, plain: 2 * table_of(model).embedding_dim == table_of(plain).embedding_dim,
+    "prune/layers": lambda model, plain: len(Anatomy.of(model).blocks) < len(Anatomy.of(plain).blocks),
+    "prune/vocabulary": lambda model, plain: table_of(model).num_embeddings < table_of(plain).num_embeddings,
+    "prune/magnitude": lambda model, plain: zeros(model) == {0.5},
+    "prune/random": lambda model, plain: zeros(model) == {0.5},
+    "prune/taylor": lambda model, plain: zero_blocks(model) == {0.5},
+    "prune/movement": lambda model, plain: zeros(model) == {0.0, 0.5},
+    "prune/soft_movement": lambda model, plain: max(zeros(model)) > 0,
+    "prune/wanda": lambda model, plain: all(
+        bool(((w == 0).sum(1) == round(0.3 * w.shape[1])).all()) for w in weights(model)
+    ),
+    "prune/sparsegpt": lambda model, plain: by_fours(model),
+    "factorize/svd": lambda model, plain: (
+        any(isinstance(m, LowRankLinear) for m in model.modules()) and size(model) < size(plain)
+    ),
+    "factorize/embeddings": lambda model, plain: (
+        isinstance(model.get_input_embeddings(), FactorizedEmbedding)
+        and 4 * table_of(model).weight.numel() == table_of(plain).weight.numel()
+    ),
+    "share/codebook": lambda model, plain: all(len(weight.unique()) <= 16 for weight in weights(model)),
+    "share/embeddings": lambda model, plain: is_tied(model) and not is_tied(plain),
+    "share/layers": lambda model, plain: len(Anatomy.of(model).blocks) < len(Anatomy.of(plain).blocks),
+    **{
+        name: lambda model, plain: not any(map(torch.equal, weights(model), weights(plain)))  # it learned otherwise
+        for name in METHODS
+        if name.startswith("distill/")
+    },
+}
 CELLS = [(tuning, more) for tuning in ("full", "lora") for more in ((), ("quantize/qat",))]
 
 
@@ -67,6 +143,20 @@ def pairs() -> list[tuple[str, str]]:
     if os.environ.get("NIWAKI_GRID") == "whole":
         return list(itertools.combinations(METHODS, 2))
     return list(zip(METHODS, [*METHODS[1:], METHODS[0]], strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
+    """`plain(task, tuning)`: the model of a run without compression."""
+    runs: dict[tuple[str, str], Path] = {}
+
+    def model(task: str, tuning: str) -> Any:
+        if (task, tuning) not in runs:
+            folder = tmp_path_factory.mktemp("plain")
+            runs[task, tuning] = live(build(task, tuning, (), files[task], ""), folder)
+        return artifact.load(runs[task, tuning]).model
+
+    return model
 
 
 def refusal(recipe: Recipe) -> str | None:
@@ -96,8 +186,9 @@ def test_pairs_work_or_are_refused(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", TASKS)
 def test_methods_work_or_are_refused(
-    task: str, method: str, files: dict[str, str], teachers: dict[str, str], tmp_path: Path, subtests: pytest.Subtests
-) -> None:
+    task: str, method: str, files: dict[str, str], teachers: dict[str, str], tmp_path: Path, subtests: pytest.Subtests,
+    plain: Callable[[str, str], Any],
+) -> None:  # fmt: skip
     saved, refused = [], 0
     for tuning, more in CELLS:
         chosen = (method, *more)
@@ -111,8 +202,31 @@ def test_methods_work_or_are_refused(
                     look(recipe)
             else:
                 saved.append(live(recipe, tmp_path / name))
+                if not more:
+                    assert SHOWS[method](artifact.load(saved[-1]).model, plain(task, tuning))
     check_in_a_fresh_process(saved)
     assert len(saved) == len(CELLS) - refused
+
+
+def test_a_run_without_compression_shows_nothing_of_it(plain: Callable[[str, str], Any]) -> None:
+    """So that a method which does nothing is found out."""
+    assert set(SHOWS) == set(METHODS)
+    shown = [
+        name for name, shows in SHOWS.items() if shows(plain("classification", "full"), plain("classification", "full"))
+    ]
+    assert shown == []
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_pattern_below_integers_survives_the_merge(method: str, files: dict[str, str], tmp_path: Path) -> None:
+    """Masks act on the sum of base and delta, and integers have a zero: two of four codes are zero in the file."""
+    chosen = [f"compression=[prune/{method},quantize/qat]", f"compression.{method}.pattern='2:4'"]
+    recipe = recipe_of("classification", files["classification"], "tuning=lora", *chosen)
+    saved = artifact.load(live(recipe, tmp_path)).model
+    codes = [module.integers() for module in saved.modules() if hasattr(module, "integers")]
+    assert len(codes) == 18
+    assert all(bool(((its.unflatten(1, (-1, 4)) == 0).sum(2) >= 2).all()) for its in codes)
+    assert by_fours(saved)
 
 
 NARROW = {  # of tunings whose defaults are for wider models

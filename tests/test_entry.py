@@ -101,6 +101,10 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         (["+hydra.sweeper.params.seed=1"], r"an override does not fit"),
         (["+task.x._target_=classification.touch"], r"task.x._target_=.* may only stand at the root of a group"),
         (["optimizer.lr=inf"], r"optimizer.lr=inf: needs a number, and a finite one"),
+        (
+            ["compression=[prune/magnitude]", "compression.magnitude.pattern=124"],  # what YAML makes of 2:4
+            r"magnitude.pattern=124: needs text; if it says 2:4 in a file, quote it, pattern: '2:4'",
+        ),
         (["optimizer.betas=[0.9,nan]"], r"optimizer.betas=\[0.9, nan\]: .* finite"),
         (["model.overrides.scale=inf"], r"model.overrides=.*inf.* finite"),
         (["trainer.devices=2"], r"trainer.devices=2: needs 1; this version runs on one device"),

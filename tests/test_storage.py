@@ -104,11 +104,11 @@ def test_what_is_stored_comes_back_bit_for_bit(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize(("keep", "group", "form"), [
-    (2, 4, "bitmask"),  # 2 x 2 bits of places are the 4 bits of the mask
+    (2, 4, "N:M"),  # 2 x 2 bits of places are the 4 bits of a mask, which tells of no pattern
     (1, 4, "N:M"), (1, 8, "N:M"), (2, 8, "N:M"), (2, 16, "N:M"), (1, 2, "N:M"), (1, 3, "N:M"),
     (4, 8, "bitmask"), (3, 8, "bitmask"),
 ])  # fmt: skip
-def test_a_pattern_is_stored_by_its_places_where_these_take_less_than_a_mask(
+def test_a_pattern_is_stored_by_its_places_where_these_take_no_more_than_a_mask(
     tmp_path: Path, dtype: torch.dtype, keep: int, group: int, form: str
 ) -> None:
     tensor = n_of_m(keep, group, dtype=dtype)

@@ -64,10 +64,10 @@ def exchange(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     return replaced
 
 
-def learning(learner: Any) -> dict[str, nn.Parameter]:
-    """What is in the optimizer, by its name in the model."""
+def learning(learner: Any, among: nn.Module | None = None) -> dict[str, nn.Parameter]:
+    """What of a module (null: the model) is in the optimizer, by its name there."""
     inside = {id(p) for group in learner.trainer.optimizers[0].param_groups for p in group["params"]}
-    return {name: p for name, p in learner.model.named_parameters() if id(p) in inside}
+    return {name: p for name, p in (among or learner.model).named_parameters() if id(p) in inside}
 
 
 class RunningAverage(Average):

@@ -291,6 +291,7 @@ def check_settings(path: str, node: Mapping[str, Any]) -> None:
         composed_here = isinstance(value, Mapping) and ("_target_" in value or name in GROUPS_OF_MANY)
         if not composed_here and not fits(value, hints[name]):
             which = "" if finite(value) else ", and a finite one"
+            which += unquoted(name, value, hints[name])
             raise ConfigError(f"{where}{name}={value!r}: needs {type_in_words(hints[name])}{which}")
     for name, field in declared.items():
         if name not in node and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -302,6 +303,13 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool or bool in typing.get_args(hint)
     return finite(value) and bool(is_bearable(value, hint, conf=NUMBERS))
+
+
+def unquoted(name: str, value: Any, hint: Any) -> str:
+    """What to write where YAML made a number of text: 2:4 is 124 there, two minutes and four seconds."""
+    if type(value) is not int or value < 60 or not fits("", hint):
+        return ""
+    return f"; if it says {value // 60}:{value % 60} in a file, quote it, {name}: '{value // 60}:{value % 60}'"
 
 
 def finite(value: Any) -> bool:

@@ -72,7 +72,7 @@ def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:
     corpus = read(recipe)
     for stage in recipe.stages:
         stage.check_steps(recipe.trainer.steps(len(corpus.training())))
-    return corpus, check_on_empty_model(recipe, corpus.labels)
+    return corpus, check_on_empty_model(recipe, corpus.labels, corpus.tokens)
 
 
 def read(recipe: Recipe) -> Corpus:
@@ -104,14 +104,17 @@ def assemble(recipe: Recipe, corpus: Corpus, model: Any) -> Work:
     return work
 
 
-def check_on_empty_model(recipe: Recipe, labels: Sequence[str]) -> Anatomy:
-    """Let the task and every stage look at a model of the right shapes without weights, before any is loaded; it."""
+def check_on_empty_model(recipe: Recipe, labels: Sequence[str], tokens: Sequence[int] = ()) -> Anatomy:
+    """Let the task and every stage look at a model of the right shapes without weights, before any is loaded; it.
+    `tokens`: those that stay, where some go."""
     anatomy = Anatomy.of(recipe.model.empty(recipe.task, labels))
     recipe.tuning.grow(anatomy.model, anatomy)  # first, since a task may have fewer positions then
     recipe.task.check(anatomy)
     for stage in recipe.stages:
         stage.check(anatomy, anatomy.linears())
         stage.outline(anatomy.model)
+        if tokens and isinstance(stage, Trims):
+            stage.trim(anatomy.model, tokens)
     return Anatomy.of(anatomy.model)
 
 

@@ -148,10 +148,16 @@ class Stage(abc.ABC):
 
 @runtime_checkable
 class Trims(Protocol):
-    """A stage that leaves tokens out. The data is read with the smaller tokenizer from then on."""
+    """A stage that leaves tokens out. The data is read with the smaller tokenizer from then on, and the empty model has
+    the smaller tables when later methods are checked on it."""
 
     def kept_tokens(self, corpus: Corpus, config: Any) -> Sequence[int]:
         """The tokens that stay, by their numbers in the tokenizer of `corpus`, ascending. `config`: the model's."""
+        ...
+
+    def trim(self, model: Any, tokens: Sequence[int]) -> Edit:
+        """Keep these tokens in a model, which may be empty; the edit that does it. Raises ConfigError where it cannot
+        lose the others."""
         ...
 
 
@@ -163,6 +169,11 @@ class Tuning(Stage):
     may_be_averaged: ClassVar[bool] = True  # whether an average of what learns along the fit is a model of this kind
     additive: ClassVar[bool] = (
         True  # whether its link adds to the base weight, so that a change below it is one above it
+    )
+
+    trains_base: ClassVar[bool] = True  # whether weights of the linears that the model brought learn themselves
+    moves_linears: ClassVar[bool] = (
+        True  # whether some of any linear of the blocks do, or a delta that is added to them
     )
 
     def grow(self, model: nn.Module, anatomy: Anatomy) -> list[Edit]:

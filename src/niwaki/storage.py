@@ -164,12 +164,13 @@ def smallest(tensor: Tensor, code_bits: int | None = None) -> Form | None:
     differs = items != background
     mask = replace(plain, background=background)
     values = int(np.count_nonzero(differs))
-    best = min([mask, *patterns(mask, differs, values)], key=lambda form: form.bytes(values))
+    best = min([*patterns(mask, differs, values), mask], key=lambda form: form.bytes(values))
     return best if best.bytes(values) < tensor.nbytes else None
 
 
 def patterns(mask: Form, differs: Items, values: int) -> Iterator[Form]:
-    """The N:M forms of a tensor that may take less than a mask of its items does."""
+    """The N:M forms of a tensor that take no more than a mask of its items does. Where both take as much (2:4) the
+    pattern is the better one, since it can be read from the file."""
     width = mask.count if mask.packed else mask.shape[-1]
     for group in GROUPS:
         if width % group:
@@ -178,7 +179,7 @@ def patterns(mask: Form, differs: Items, values: int) -> Iterator[Form]:
         for part in (groups[:SAMPLE], groups):  # a few groups tell mostly
             keep = int(np.count_nonzero(part, axis=1).max())
             form = replace(mask, keep=keep, group=group)
-            if not 0 < keep < group or form.bytes(values) >= mask.bytes(values):
+            if not 0 < keep < group or form.bytes(values) > mask.bytes(values):
                 break
         else:
             yield form

@@ -26,6 +26,7 @@ class Packed(Protocol):
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    zeros_without_code: int  # weights that are zero and take no code
 
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for, fp32 (out, in)."""
@@ -38,6 +39,10 @@ class Link(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, weight: Tensor) -> Tensor: ...
+
+    def kept(self) -> Tensor | None:
+        """Where a weight is kept, booleans (out, in), of a link that sets the others to zero; None of any other."""
+        return None
 
     def record(self, weight: Tensor) -> dict[str, Tensor]:
         """What is left of this link when the chain is folded; `weight` is what enters the link."""

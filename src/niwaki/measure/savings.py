@@ -11,7 +11,7 @@ from torch import nn
 from niwaki import artifact, storage
 from niwaki.artifact import Artifact
 from niwaki.measure.report import markdown_table, number, ratio
-from niwaki.weights import Packed
+from niwaki.weights import Packed, packed
 
 SAME_WORK = " It multiplies the same numbers as before, so that a difference is the machine's, not the model's."
 NOISE = 0.05  # a change of time below this share is not called one
@@ -23,7 +23,7 @@ def savings(saved: Artifact, before: Mapping[str, Any] | None, after: Mapping[st
     memory), `speed` (factors, above 1 for faster; None where it was not measured), `zeros` (how many weights are zero,
     how many of them the file leaves out, how many the product skips)."""
     state, forms = storage.parts(artifact.weights_of(saved.folder))
-    left_out = sum(form.count - stored_items(state, name, form) for name, form in forms.items())
+    left_out = zeros_left_out(saved.model, state, forms)
     zeros = after["parameters"] - after["nonzero"]
     return {
         "disk": disk(saved, state, forms),
@@ -37,12 +37,12 @@ def savings(saved: Artifact, before: Mapping[str, Any] | None, after: Mapping[st
 
 def disk(saved: Artifact, state: Mapping[str, Any], forms: Mapping[str, storage.Form]) -> Kinds:
     """Tensors and bytes by kind; the rest of the files (headers) is a kind of its own, so that all is counted."""
-    packed = kinds_of_packed(saved.model)
+    holds = kinds_of_packed(saved.model)
     plain = storage.decode(state, forms)
     found: Kinds = {}
     for name, tensor in plain.items():
         parts = [name] if name not in forms else [f"{name}:{part}" for part in storage.PARTS[forms[name].name]]
-        owner = packed.get(name.rpartition(".")[0]) if not name.endswith(".bias") else None
+        owner = holds.get(name.rpartition(".")[0]) if not name.endswith(".bias") else None
         words = [owner or "", forms[name].name if name in forms else ""]
         known = found.setdefault(", ".join(filter(None, words)) or "dense", {"tensors": 0, "bytes": 0, "plain": 0})
         known["tensors"] += 1
@@ -64,6 +64,20 @@ def kinds_of_packed(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if isinstance(module, Packed)
     }
+
+
+def zeros_left_out(model: nn.Module, state: Mapping[str, Any], forms: Mapping[str, storage.Form]) -> int:
+    """How many weights are zero and not in the file: those that a form leaves out, and those for which what is packed
+    has no code. A form of anything else that is packed (a mask, indices, a scale) leaves out no weights."""
+    owners = {name.removesuffix(".base_layer"): module for name, module in packed(model)}
+    of_weights = {n: form for n, form in forms.items() if n.endswith(".codes") or not inside(n, owners)}
+    by_form = sum(form.count - stored_items(state, name, form) for name, form in of_weights.items())
+    return by_form + sum(module.zeros_without_code for module in owners.values())
+
+
+def inside(name: str, owners: Mapping[str, Any]) -> bool:
+    """Whether a tensor of this name is part of one of these modules; a bias is a weight like any other."""
+    return not name.endswith(".bias") and any(name.startswith(f"{owner}.") for owner in owners)
 
 
 def stored_items(state: Mapping[str, Any], name: str, form: storage.Form) -> int:

@@ -24,6 +24,8 @@ class BitFit(Tuning):
     """Train b of every y = W x + b and of every norm, and the head, with its pooler, where that is new."""
 
     paper: ClassVar[str] = "Ben Zaken et al. 2021, arXiv:2106.10199"
+    trains_base: ClassVar[bool] = False
+    moves_linears: ClassVar[bool] = False
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if not biases(anatomy):

@@ -40,6 +40,7 @@ class BottleneckTuning(Tuning):
     """
 
     down_std: ClassVar[float | None]
+    trains_base: ClassVar[bool] = False
 
     size: int | None
     reduction: int | None = None

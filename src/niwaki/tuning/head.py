@@ -17,6 +17,8 @@ class Head(Tuning):
     model with tied embeddings the head is the embedding too."""
 
     paper: ClassVar[str] = "Alain & Bengio 2016, arXiv:1610.01644"
+    trains_base: ClassVar[bool] = False
+    moves_linears: ClassVar[bool] = False
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         train_only(model, context.anatomy.head_parameters().values())

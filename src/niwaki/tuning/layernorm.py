@@ -22,6 +22,8 @@ class LayerNorm(Tuning):
     blocks, below and above them, and the head where it is new."""
 
     paper: ClassVar[str] = "Qi et al. 2022, arXiv:2211.08682; Zhao et al. 2023, arXiv:2312.11420"
+    trains_base: ClassVar[bool] = False
+    moves_linears: ClassVar[bool] = False
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if not norm_parameters(anatomy.backbone):

@@ -84,6 +84,7 @@ class NormalFloatLinear(nn.Linear):
     scale: Tensor
     bits = 4
     holds = "NormalFloat codes"
+    zeros_without_code = 0
     dense: type[nn.Linear] = nn.Linear
 
     def __init__(

@@ -65,6 +65,8 @@ class PTuning(Tuning):
     """
 
     paper: ClassVar[str] = "Liu et al. 2021, arXiv:2103.10385"
+    trains_base: ClassVar[bool] = False
+    moves_linears: ClassVar[bool] = False
 
     tokens: int = 20
     encoder: Literal["mlp", "lstm"] = "mlp"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ class PeftTuning(Tuning):
     rounded; alone, PEFT's own forward is used. `merge=false` saves the base as it was and, beside it, the adapter and
     the head that learned.
     """
+
+    trains_base: ClassVar[bool] = False
 
     parts: Sequence[str] = PARTS
     merge: bool = True

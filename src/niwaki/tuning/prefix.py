@@ -57,6 +57,8 @@ class PrefixTuning(Tuning):
     """
 
     paper: ClassVar[str] = "Li & Liang 2021, arXiv:2101.00190"
+    trains_base: ClassVar[bool] = False
+    moves_linears: ClassVar[bool] = False
 
     tokens: int = 10
     reparametrize: bool = True

@@ -27,6 +27,8 @@ class PromptTuning(Tuning):
     """
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv:2104.08691"
+    trains_base: ClassVar[bool] = False
+    moves_linears: ClassVar[bool] = False
 
     tokens: int = 20
     init: Literal["random", "vocabulary", "text"] = "vocabulary"

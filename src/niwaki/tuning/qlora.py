@@ -30,6 +30,7 @@ class QLoRA(Tuning):
     """
 
     paper: ClassVar[str] = "Dettmers et al. 2023, arXiv:2305.14314"
+    trains_base: ClassVar[bool] = False
 
     rank: int = 16
     alpha: float = 32.0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.prune.mask import Mask, mask_targets
+from niwaki.compression.prune.movement import Movement
 from niwaki.compression.prune.pattern import Pattern, Selection
+from niwaki.compression.prune.wanda import Wanda
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.tiny import Tiny
@@ -67,6 +72,35 @@ def test_each_mask_has_its_own_sparsity() -> None:
 def test_what_is_no_block(text: str) -> None:
     with pytest.raises(ConfigError, match=r"needs unstructured, or N:M.*or a block of outputs x inputs, such as 4x4"):
         Pattern.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        (Magnitude(sparsity=0.9999), r"sparsity=0\.9999: 0\.9999 of the 1024 weights of bert\.\S+ is all of them"),
+        (Magnitude(sparsity=0.0001, schedule="cubic"), r"of the 1024 weights of bert\.\S+ is none of them"),
+        (Magnitude(sparsity=0.99, scope="row"), r"of the 32 weights of each row of bert\.\S+ is all of them"),
+        (Wanda(sparsity=0.99), r"of the 32 weights of each row of bert\.\S+ is all of them"),
+        (Wanda(sparsity=0.95, pattern="16x16"), r"0\.95 of the 4 16x16 blocks of bert\.\S+ is all of them"),
+        (Movement(sparsity=0.01, pattern="1x8", scope="row"), r"the 4 1x8 blocks of each row of bert\.\S+ is none of"),
+    ],
+)
+def test_a_sparsity_that_leaves_or_drops_nothing_is_refused_on_the_empty_model(stage: Any, says: str) -> None:
+    anatomy = Anatomy.of(Tiny().empty(Classification(), ("a", "b")))
+    with pytest.raises(ConfigError, match=rf"^{stage.field}\..*{says}") as caught:
+        stage.check(anatomy, anatomy.linears())
+    assert "\n" not in str(caught.value)
+    for fits in (Magnitude(sparsity=0.9999, scope="global"), Wanda(sparsity=0.95), Magnitude(pattern="1:16")):
+        fits.check(anatomy, anatomy.linears())
+
+
+def test_a_map_may_leave_a_linear_whole_but_not_empty(tmp_path: Path) -> None:
+    anatomy, path = Anatomy.of(Tiny().empty(Classification(), ("a", "b"))), tmp_path / "map.json"
+    path.write_text('{"sparsity": {".*query": 0, ".*key": 0.9999}}')
+    with pytest.raises(ConfigError, match=r"sparsity_map='\S+': 0\.9999 of the 1024 weights of bert\.\S+key is all of"):
+        Magnitude(sparsity=0.5, sparsity_map=str(path)).check(anatomy, anatomy.linears())
+    path.write_text('{"sparsity": {".*query": 0}}')
+    Magnitude(sparsity=0.5, sparsity_map=str(path)).check(anatomy, anatomy.linears())
 
 
 def test_blocks_that_do_not_fit_are_refused_on_the_empty_model() -> None:

@@ -80,6 +80,24 @@ def test_in_a_fit(setting: Callable[..., Any], train: Callable[..., Any]) -> Non
         assert not (watch.drawn[later][0] & ~watch.drawn[earlier][0]).any()
 
 
+def test_what_learns_beside_the_model_goes_back_too(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+    """A learned map of a distillation: it is rewound with the model, whose optimizer forgets it as well."""
+    one, beside = setting(), torch.nn.Linear(3, 1)
+    effects = Magnitude(schedule="rewind", begin=0.5, end=1.0, rounds=1).prepare(one.model, one.context(steps=4))
+    effects.modules["map"] = beside
+    effects.terms["map"] = lambda outputs, batch: beside(outputs.logits).square().mean()
+    values: list[torch.Tensor] = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            values.append(beside.weight.detach().clone())
+
+    learner = one.learner(AdamW(lr=0.1), [effects], 4)
+    train(learner, [one.batch()] * 4, callbacks=[*effects.callbacks, Keep()])
+    assert torch.equal(values[3], values[1])  # rewound after the fourth step to what it was after the second
+    assert not torch.equal(values[2], values[1])
+
+
 def test_from_the_very_start(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     """begin=0: the lottery ticket's initialization."""
     one = setting()

@@ -19,9 +19,12 @@ from niwaki.compression.prune.rigl import RigL, moved, share_at
 from niwaki.errors import ConfigError
 from niwaki.optimizer import SGD, AdamW
 from niwaki.stage import refuse_conflicts
+from niwaki.tuning.bitfit import BitFit
 from niwaki.tuning.dora import DoRA
-from niwaki.tuning.freeze import train_only
+from niwaki.tuning.head import Head
+from niwaki.tuning.layernorm import LayerNorm
 from niwaki.tuning.lora import LoRA
+from niwaki.tuning.top import Top
 from niwaki.weights import fold, links
 
 
@@ -175,6 +178,17 @@ def test_below_a_delta_new_ones_begin_at_zero_too(setting: Callable[..., Any], t
     fold(context.targets)
 
 
+def test_nothing_moves_where_the_weights_rest(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+    one = setting()
+    context = one.context(steps=4)
+    Top(blocks=1).prepare(one.model, context)
+    effects = Magnitude(schedule="rigl", interval=2, fraction=1.0).prepare(one.model, context)
+    before = {name: links(linear)[0].mask.clone() for name, linear in context.targets.items()}
+    train(one.learner(SGD(lr=0.05), [effects], 4), [one.batch()] * 4, callbacks=effects.callbacks)
+    moved = {name for name, linear in context.targets.items() if not torch.equal(links(linear)[0].mask, before[name])}
+    assert moved == {name for name in context.targets if ".layer.2." in name}
+
+
 def test_refusals(setting: Callable[..., Any]) -> None:
     for fields, message in (
         ({"pattern": "2:4"}, "would leave the pattern 2:4"), ({"scope": "row"}, "leave their row"),
@@ -184,10 +198,13 @@ def test_refusals(setting: Callable[..., Any]) -> None:
             Magnitude(schedule="rigl", **fields)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="tuning=dora and prune/magnitude: the base weight changes"):
         refuse_conflicts([DoRA(), Magnitude(schedule="rigl")])
+    for frozen in (Head(), BitFit(), LayerNorm()):
+        with pytest.raises(ConfigError, match=r"and prune/magnitude with \S+schedule=rigl: none of the pruned weights"):
+            refuse_conflicts([frozen, Magnitude(schedule="rigl")])
     one = setting()
-    train_only(one.model, [])
-    with pytest.raises(ConfigError, match="schedule=rigl: none of the pruned weights learns"):
-        Magnitude(schedule="rigl").prepare(one.model, one.context())
+    Top(blocks=1).prepare(one.model, one.context())
+    with pytest.raises(ConfigError, match="schedule=rigl: none of the weights that targets names learns"):
+        Magnitude(schedule="rigl", targets=r".*layer\.0\..*").prepare(one.model, one.context())
     with pytest.raises(ConfigError, match=r"interval=100: no connection would move in a fit of 10 optimizer steps"):
         Magnitude(schedule="rigl", interval=100).check_steps(10)
     Magnitude(schedule="rigl", interval=5).check_steps(10)

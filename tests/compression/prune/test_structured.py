@@ -19,7 +19,9 @@ from niwaki.model.tiny import Tiny
 from niwaki.model.units import units_of
 from niwaki.stage import ordered, refuse_conflicts
 from niwaki.task.classification import Classification
+from niwaki.tuning.adapter import Houlsby
 from niwaki.tuning.full import Full
+from niwaki.tuning.head import Head
 from niwaki.tuning.lora import LoRA
 from niwaki.tuning.oft import OFT
 
@@ -166,6 +168,8 @@ def test_refusals_name_the_field(kind: Any, fields: dict[str, Any], name: str) -
         ([Neurons(schedule="cubic"), QAT(group=8)], "prune/neurons with schedule=cubic and quantize/qat with groups"),
         ([Neurons(scope="global"), OFT()], "prune/neurons with scope=global and tuning=oft"),
         ([Heads(schedule="cubic"), LoRA()], "importance=magnitude and tuning=lora"),
+        ([Heads(schedule="cubic"), Head()], "importance=magnitude and tuning=head"),
+        ([Heads(schedule="cubic"), Houlsby()], "importance=magnitude and tuning=adapter"),
         ([Heads(schedule="cubic", importance="taylor"), LoRA(merge=False)], "tuning=lora with tuning.merge=false"),
     ],
 )

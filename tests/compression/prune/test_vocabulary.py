@@ -299,6 +299,26 @@ def test_positions_that_count_from_the_padding_token() -> None:
     assert named_by(config) == {0, 1, 2}
 
 
+def test_the_empty_model_loses_the_tokens_too(files: list[str], tmp_path: Path) -> None:
+    """Positions that would be shifted, and factors that are no smaller than what is left of the table, are refused
+    before any weight is loaded."""
+    place = folder(tmp_path / "hf", "roberta", "classification", word_piece())
+    fewer = "compression.vocabulary.alphabet=false"
+    recipe = recipe_of("classification", place, files, "compression=[prune/vocabulary]", fewer)
+    corpus = read(recipe)
+    student = pipeline.check_on_empty_model(recipe, corpus.labels, corpus.tokens)
+    assert student.embeddings.weight.is_meta
+    assert student.embeddings.num_embeddings == student.model.config.vocab_size == len(corpus.tokens)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"^compression\.vocabulary: the positions of this model count from"):
+        pipeline.check_on_empty_model(recipe, corpus.labels, corpus.tokens[1:])
+    most = len(corpus.tokens) * 32 // (len(corpus.tokens) + 32)
+    both = ("compression=[prune/vocabulary,factorize/embeddings]", f"compression.factorize_embeddings.rank={most + 1}")
+    recipe = recipe_of("classification", place, files, fewer, *both)
+    with pytest.raises(ConfigError, match=rf"table of {len(corpus.tokens)} x 32; needs at most {most}"):
+        pipeline.check_on_empty_model(recipe, corpus.labels, corpus.tokens)
+    pipeline.check_on_empty_model(recipe, corpus.labels)  # in the whole table there is room for it
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.prune.calibration import tokens
+from niwaki.compression.prune.calibration import after_last_use, tokens
 from niwaki.compression.prune.mask import Mask, mask_targets
 from niwaki.compression.prune.wanda import Wanda
 from niwaki.compression.quantize.qat import QAT
+from niwaki.compression.share.layers import Layers
 from niwaki.errors import ConfigError
 from niwaki.model.tiny import FAMILIES
 from niwaki.stage import refuse_conflicts
@@ -63,12 +64,20 @@ def test_scope_layer_compares_all_rows() -> None:
     scores = weight.abs() * inputs.norm(dim=0)
     assert torch.equal(mask.mask, scores > scores.flatten().sort().values[15])
     assert mask.mask[0].all()
-    assert [Wanda(pattern=p).by_row for p in ("unstructured", "2:4", "1x4", "4x1")] == [True, False, True, False]
+    assert [Wanda(pattern=p).compared for p in ("unstructured", "2:4", "1x4", "4x1")] == ["row", "layer"] * 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_later_blocks_see_what_pruned_blocks_give(setting: Callable[..., Any], family: str) -> None:
-    one, other = setting(family), setting(family)
+@pytest.mark.parametrize(
+    ("family", "shared"), [*((family, None) for family in FAMILIES), ("bert", [[0, 2]]), ("llama", [[0, 2], [1, 3]])]
+)  # fmt: skip
+def test_later_blocks_see_what_pruned_blocks_give(
+    setting: Callable[..., Any], family: str, shared: list[list[int]] | None
+) -> None:
+    overrides = {"num_hidden_layers": 4} if shared else {}
+    one, other = (setting(family, overrides=overrides) for _ in range(2))
+    for each in (one, other):
+        if shared:
+            Layers(lists=shared).prepare(each.model, each.context())
     context = one.context()
     Wanda(sparsity=0.6).prepare(one.model, context)
     # the same by hand on the other model: whole forward passes, one block at a time
@@ -89,6 +98,15 @@ def test_later_blocks_see_what_pruned_blocks_give(setting: Callable[..., Any], f
             weight *= by_loops(weight, real, 0.6)
     for name, linear in context.targets.items():
         assert torch.equal(linear.weight, named[name].weight), name
+
+
+def test_a_block_has_been_seen_after_its_last_use() -> None:
+    a, b, c = (nn.Identity() for _ in range(3))
+    assert after_last_use(a, [a, b, c]) is b
+    assert after_last_use(a, [a, b, a, c]) is c
+    assert after_last_use(b, [a, b, a, c]) is c
+    assert after_last_use(a, [a, b, a, b]) is None  # b has been there, so the pass goes on to its end
+    assert after_last_use(a, [b]) is None
 
 
 def test_padding_does_not_count() -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from niwaki import artifact, compose, pipeline
 from niwaki.compression.prune.magnitude import Magnitude
+from niwaki.compression.prune.mask import Mask
+from niwaki.compression.prune.random import Random
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
 from niwaki.compression.quantize.qat import QAT
@@ -26,11 +28,13 @@ from niwaki.model.tiny import FAMILIES, Tiny
 from niwaki.optimizer import SGD, AdamW
 from niwaki.stage import Phase, Stage, refuse_conflicts
 from niwaki.task.classification import Classification
+from niwaki.tuning.bitfit import BitFit
 from niwaki.tuning.delta import unload
 from niwaki.tuning.full import Full
 from niwaki.tuning.gradual import Gradual
 from niwaki.tuning.head import Head
 from niwaki.tuning.lora import LoRA
+from niwaki.tuning.prompt import PromptTuning
 from niwaki.weights import entering, fold, links, stack
 
 
@@ -57,9 +61,9 @@ def test_the_example_of_the_papers_figure() -> None:
     )
     linear = nn.Linear(4, 4, bias=False)
     linear.weight.data = weight
-    book = Codebook(weight.shape, bits=2, rows=None, pruned=False, follows=False)
+    book = Codebook(weight.shape, bits=2, rows=None, follows=False)
     stack(linear, book)
-    book.draw(weight, "linear", 0)
+    book.draw(linear, "linear", 0)
     assert book.indices.tolist() == [[3, 0, 2, 1], [1, 1, 0, 3], [0, 3, 1, 0], [3, 1, 2, 2]]
     assert book.centroids(weight)[0].tolist() == pytest.approx([-1.0, 0.0, 1.5, 2.0], abs=1e-6)
     linear.weight.backward(gradient)
@@ -166,6 +170,44 @@ def test_a_mask_that_grows_takes_weights_out_of_their_clusters(
     for linear in context.targets.values():
         assert int((linear.weight == 0).sum()) == round(0.7 * linear.weight.numel())
         assert len(linear.weight.unique()) <= 9
+
+
+@pytest.mark.parametrize("below", ["nothing", "delta"])
+def test_what_a_mask_lets_back_takes_the_centroid_that_is_nearest_to_it(
+    setting: Callable[..., Any], below: str
+) -> None:
+    one = setting()
+    context = tuned(one, CodebookSharing(bits=3), sparsity=0.6)[0] if below == "delta" else one.context()
+    if below == "nothing":
+        Magnitude(sparsity=0.6).prepare(one.model, context)
+        CodebookSharing(bits=3).prepare(one.model, context)
+    for linear in context.targets.values():
+        book, mask = book_of(linear), links(linear)[-2]
+        assert isinstance(mask, Mask)
+        own, back = entering(linear, mask), ~mask.mask
+        centroids = linear.weight[mask.mask].unique().detach()
+        mask.take(torch.ones_like(mask.mask))
+        nearest = centroids[(own[back][:, None] - book.centroids(own).detach()).abs().argmin(1)]
+        if below == "nothing":  # above a delta the means move with the members
+            assert torch.equal(linear.weight[back], nearest)
+        assert len(book.indices[back].unique()) > 1
+
+
+def test_connections_that_grow_from_zero_are_shared_and_not_pruned(
+    setting: Callable[..., Any], train: Callable[..., Any]
+) -> None:
+    one = setting("bert", "ner")
+    context = one.context(steps=4)
+    prune = Random(sparsity=0.75, schedule="rigl", interval=1, fraction=0.5, end=1.0).prepare(one.model, context)
+    effects = CodebookSharing(bits=3).prepare(one.model, context)
+    both = [*prune.callbacks, *effects.callbacks]
+    first = {name: links(linear)[0].mask.clone() for name, linear in context.targets.items()}
+    train(one.learner(SGD(lr=0.1), [prune, effects], 4), [one.batch()] * 4, callbacks=both)
+    records = fold(context.targets)
+    for name, linear in context.targets.items():
+        assert not torch.equal(records[name]["mask"], first[name])
+        assert torch.equal(records[name]["kept"], records[name]["mask"])
+        assert int((linear.weight == 0).sum()) == round(0.75 * linear.weight.numel())
 
 
 @pytest.mark.parametrize("group", [None, 16])
@@ -344,7 +386,7 @@ def test_a_reassignment_moves_no_centroid(setting: Callable[..., Any], below: st
         latent = entering(linear, book)
         before = book.centroids(latent).detach().clone()
         indices = book.indices.clone()
-        book.reassign(latent)
+        book.reassign(linear)
         assert torch.allclose(book.centroids(latent), before, atol=1e-6)
         assert not torch.equal(book.indices, indices)
 
@@ -453,7 +495,7 @@ def test_the_clusters_of_a_reload_are_those_of_the_checkpoint(setting: Callable[
         CodebookSharing(bits=2, begin=0.5).prepare(each.model, context)
     assert len(next(iter(contexts[1].targets.values())).weight.unique()) > 500
     for linear in contexts[0].targets.values():
-        book_of(linear).draw(entering(linear, book_of(linear)), "linear", 0)
+        book_of(linear).draw(linear, "linear", 0)
     other.model.load_state_dict(one.model.state_dict())
     assert torch.equal(other.logits(), one.logits())
 
@@ -522,6 +564,10 @@ class Late(Magnitude):
 def test_what_cannot_be_combined() -> None:
     with pytest.raises(ConfigError, match=r"tuning=gradual and share/codebook: centroids learn in place"):
         refuse_conflicts([Gradual(), CodebookSharing()])
+    for frozen in (Head(), BitFit(), PromptTuning()):
+        with pytest.raises(ConfigError, match=r"and share/codebook with \S+reassign=5: no weight moves, so none would"):
+            refuse_conflicts([frozen, CodebookSharing(reassign=5)])
+    refuse_conflicts([LoRA(), CodebookSharing(reassign=5)])
     with pytest.raises(ConfigError, match=r"share/codebook with begin=1 and quantize/qat: "):
         refuse_conflicts([QAT(), CodebookSharing(begin=1.0)])
     late = Late()

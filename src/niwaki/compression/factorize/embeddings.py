@@ -41,11 +41,7 @@ class Embeddings(Stage):
         model: Any = anatomy.model
         if isinstance(model.get_input_embeddings(), FactorizedEmbedding):
             raise ConfigError(f"{FIELD}: the embeddings of this model are factors already; leave it out")
-        self._check_saving(table_of(model).weight)
-
-    def _check_saving(self, table: Tensor) -> None:
-        """Raise ConfigError unless two factors of this rank are smaller than the table."""
-        tokens, width = table.shape
+        tokens, width = table_of(model).weight.shape
         least = tokens * width // (tokens + width)
         if not 0 < self.chosen(width) * (tokens + width) < tokens * width:
             raise ConfigError(
@@ -62,7 +58,6 @@ class Embeddings(Stage):
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         table = table_of(model).weight.detach()
-        self._check_saving(table)  # again: tokens may have left it
         rank = self.chosen(table.shape[1])
         narrow, projection = factors(table, rank)
         context.facts["embedding_error"] = float((narrow @ projection - table).norm() / table.norm())

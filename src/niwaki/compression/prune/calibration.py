@@ -97,11 +97,36 @@ def watch_inputs(
             handle.remove()
 
 
+def entered(
+    model: nn.Module, context: Context, batch: Mapping[str, Tensor], blocks: Sequence[nn.Module]
+) -> list[nn.Module]:  # fmt: skip
+    """These blocks in the order in which a batch enters them; one that is used several times stands there as often."""
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        found.append(module)
+
+    handles = [block.register_forward_pre_hook(note) for block in blocks]
+    try:
+        model(**context.inputs(to_device(batch, next(model.parameters()).device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def after_last_use(block: nn.Module, order: Sequence[nn.Module]) -> nn.Module | None:
+    """The first block that is new when this one has been used for the last time; None where there is none."""
+    last = max((place for place, used in enumerate(order) if used is block), default=len(order))
+    return next((later for later in order[last + 1 :] if later not in order[: last + 1]), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Pruning):
     """Statistics of what enters each linear, from `rows` rows of the training split, in eval mode. Block after block
     is looked at and pruned, so that later ones see what the pruned ones before them give, as in the authors' code; for
-    that, each block costs a pass of the rows through those below it.
+    that, each block costs a pass of the rows through those below it. One that is used several times is looked at once,
+    in all of its uses.
 
     `when`: before_fit, which then trains through the masks, or after_fit.
     """
@@ -135,8 +160,9 @@ class Calibrated(Pruning):
         blocks = [(place, block) for place, _, block in context.anatomy.named_blocks()]
         looked_at = [(block, named) for place, block in blocks if (named := inside(place, masks))]
         with evaluating(model), torch.no_grad():
-            for index, (_, names) in enumerate(looked_at):
-                after = looked_at[index + 1][0] if index + 1 < len(looked_at) else None
+            order = entered(model, context, batches[0], [block for block, _ in looked_at])
+            for block, names in looked_at:
+                after = after_last_use(block, order)
                 for name, statistic in self._statistics(model, context, batches, masks, names, after).items():
                     self.prune(*masks[name], statistic, sparsities[name])
         return Effects()

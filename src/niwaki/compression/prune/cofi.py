@@ -47,8 +47,11 @@ class CoFi(Stage):
 
     The loss gains lambda_1 (s - t) + lambda_2 (s - t)^2, with s the expected sparsity of the weights that the masks
     act on and t the target, `sparsity` from the fraction `warmup` of the fit on; the multipliers climb. At the
-    fraction `end` the masks settle: of each sublayer as many units close as are expected to, those of lowest log
-    alpha, and the others are open wholly. The rest of the fit learns with them, then what is closed is cut.
+    fraction `end` the masks settle at a real sparsity as near to the target as whole units allow. They close in one
+    order over all sublayers: first those that are expected to (of each sublayer as many as the sum of its
+    probabilities says, of lowest log alpha; all of a sublayer whose z_layer is expected to be 0), then the others, both
+    from the lowest P(z_layer != 0) P(z_unit != 0) on. Where what is expected is too much, the last of it stay open. The
+    rest of the fit learns with these masks, then what is closed is cut.
 
     `masks`: what is masked: heads, neurons, whole sublayers (attention, feed_forward), and hidden, the channels of the
     residual stream, which are one mask for all blocks. `lr_factor`: learning rate

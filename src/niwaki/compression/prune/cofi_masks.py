@@ -23,9 +23,9 @@ MULTIPLIERS = "cofi_multipliers"  # child of the model, during the fit
 class SublayerMask(nn.Module):
     """z_layer * z_unit for each unit of a sublayer, before the linear that reads them.
 
-    While it learns, z is drawn anew for each batch; in eval mode, and for good after `settle`, it is the mask of as
-    many zeros as are expected. Without `whole` there is no z_layer, and one unit always stays; without `each`, no
-    z_unit.
+    While it learns, z is drawn anew for each batch; in eval mode it is the mask of as many zeros as are expected, and
+    after `settle` the one that was chosen, for good. Without `whole` there is no z_layer, and one unit always stays;
+    without `each`, no z_unit, and the units go together.
     """
 
     open: Tensor
@@ -84,9 +84,18 @@ class SublayerMask(nn.Module):
             mask[self.unit.argmax()] = 1
         return mask
 
-    def settle(self) -> None:
-        """Keep the mask as it is expected to be, for good."""
-        self.open.copy_(self.expected())
+    @torch.no_grad()
+    def ranks(self) -> Tensor:
+        """The order in which units close, lowest first: those that are expected to be closed, then the others, both by
+        the probability that z is not zero. (units,), or (1,) where they go together; infinite for one that stays."""
+        ranks = self.expected() + self.probability()
+        if self.layer is None:
+            ranks[ranks.argmax()] = torch.inf
+        return ranks if self.unit is not None else ranks[:1]
+
+    def settle(self, stays: Tensor) -> None:
+        """Keep these units, (units,) or (1,) for all of them, for good."""
+        self.open.copy_(stays)
         self.is_settled.fill_(True)
 
 
@@ -173,6 +182,32 @@ class Masks:
         share = 1.0 if self.stream is None else self.stream.probability().mean()
         return 1 - torch.as_tensor(size * share) / self._whole
 
+    @torch.no_grad()
+    def settle(self, target: float) -> None:
+        """Keep masks for good, of a real sparsity as near to the target as whole units and channels allow: one by one
+        they close in the order of their ranks, those first that are expected to be closed."""
+        ranks = [mask.ranks().double() for mask in self.each]
+        order = torch.cat(ranks).argsort(stable=True)
+        order = order[: int(torch.cat(ranks).isfinite().sum())]  # what always stays is last
+        closed = int((self._sparsities(ranks, order) - target).abs().argmin())
+        stays = torch.ones(sum(map(len, ranks)), dtype=torch.bool, device=order.device)
+        stays[order[:closed]] = False
+        for mask, its in zip(self.each, stays.split([len(r) for r in ranks]), strict=True):
+            mask.settle(its)
+
+    def _sparsities(self, ranks: Sequence[Tensor], order: Tensor) -> Tensor:
+        """The real sparsity when the first 0, 1, 2 ... of this order are closed."""
+        sizes = [
+            torch.full_like(r, m.size * m.units.count / len(r)) for m, r in zip(self.sublayers, ranks, strict=False)
+        ]
+        channels = [torch.zeros_like(part) for part in sizes]
+        if self.stream is not None:
+            sizes.append(torch.zeros_like(ranks[-1]))
+            channels.append(torch.full_like(ranks[-1], 1 / len(ranks[-1])))
+        gone, share = (torch.cat(parts)[order].cumsum(0) for parts in (sizes, channels))
+        left = (self._whole - gone) * (1 - share) / self._whole
+        return 1 - torch.cat([left.new_ones(1), left])
+
     def real_sparsity(self) -> float:
         """The same of the masks that are kept."""
         size = sum(float(mask.open.sum()) * mask.size for mask in self.sublayers)
@@ -212,7 +247,7 @@ class SizePenalty:
 
 
 class CoFiSchedule(pl.Callback):
-    """Puts the masks to work when the fit begins, and settles them at `last_step`."""
+    """Puts the masks to work when the fit begins, and settles them at `last_step` at the target of the penalty."""
 
     def __init__(self, model: nn.Module, penalty: SizePenalty, last_step: int) -> None:
         self.model = model
@@ -237,8 +272,8 @@ class CoFiSchedule(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         for mask in self.penalty.masks.each:
             mask.forget()
-            if trainer.global_step >= self.last_step and not mask.is_settled:
-                mask.settle()
+        if trainer.global_step >= self.last_step and not self.penalty.masks.settled:
+            self.penalty.masks.settle(self.penalty.target)
 
 
 def masked(mask: SublayerMask) -> Any:

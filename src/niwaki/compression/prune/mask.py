@@ -47,6 +47,9 @@ class Mask(Link):
         """Make `kept` (out, in) the mask."""
         self.mask.copy_(kept)
 
+    def kept(self) -> Tensor:
+        return self.mask
+
     def record(self, weight: Tensor) -> dict[str, Tensor]:
         return {"mask": self.mask.clone()}
 

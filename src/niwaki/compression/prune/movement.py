@@ -95,6 +95,10 @@ class Movement(Pruning):
         """Of the schedule."""
         return Span(begin=self.begin, end=self.end, interval=self.interval)
 
+    @property
+    def compared(self) -> Scope:
+        return self.scope
+
     def needs_fit(self) -> str:
         return learned_in_a_fit(self.field)
 

@@ -63,6 +63,14 @@ class Pattern:
             return f"{inputs} inputs, which {self.group or self.width} does not divide"
         return f"{outputs} outputs, which {self.height} does not divide" if outputs % self.height else None
 
+    def dropped(self, sparsity: float, outputs: int, inputs: int, *, by_row: bool) -> tuple[int, int]:
+        """(how many go, of how many) of a weight (outputs, inputs), or of each of its rows: blocks where there are any,
+        of each group with N:M."""
+        if self.group:
+            return self.group - self.keep, self.group
+        count = inputs // self.width * (1 if by_row else outputs // self.height)
+        return round(sparsity * count), count
+
     def pool(self, scores: Tensor) -> Tensor:
         """One score for each block, the mean of its weights': (out / height, in / width)."""
         if not self.block:

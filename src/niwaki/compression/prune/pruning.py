@@ -62,6 +62,11 @@ class Pruning(Stage):
         return Pattern.parse(self.pattern).sparsity or self.sparsity or 0.5
 
     @property
+    def compared(self) -> Scope:
+        """Whose scores are compared to find those that go."""
+        return "layer"
+
+    @property
     def moves_base(self) -> bool:
         """Whether base weights change by a sum that a delta above them has to leave alone."""
         return False
@@ -101,7 +106,24 @@ class Pruning(Stage):
         for name, linear in linears.items():
             if misfit := pattern.misfit(linear.out_features, linear.in_features):
                 raise ConfigError(f"{self.field}.pattern={self.pattern}: {name} has {misfit}")
-        self.sparsities(linears)
+        for name, sparsity in self.sparsities(linears).items():
+            self._check_count(name, linears[name], sparsity)
+
+    def _check_count(self, name: str, linear: nn.Linear, sparsity: float) -> None:
+        """Raise ConfigError where all that is compared would go, or nothing although a sparsity is asked for. What goes
+        of a linear is not known before where all of them are compared."""
+        if self.compared == "global" or not sparsity:
+            return
+        pattern, by_row = Pattern.parse(self.pattern), self.compared == "row"
+        drop, count = pattern.dropped(sparsity, linear.out_features, linear.in_features, by_row=by_row)
+        if 0 < drop < count:
+            return
+        setting = f"sparsity={sparsity}" if self.sparsity_map is None else f"sparsity_map={self.sparsity_map!r}"
+        unit, where = f"{self.pattern} blocks" if pattern.block else "weights", "each row of " if by_row else ""
+        raise ConfigError(
+            f"{self.field}.{setting}: {sparsity} of the {count} {unit} of {where}{name} is {'all' if drop else 'none'} "
+            "of them; needs one that drops some and leaves some"
+        )
 
     def sparsities(self, names: Mapping[str, Any]) -> dict[str, float]:
         """The final sparsity of each of these linears."""

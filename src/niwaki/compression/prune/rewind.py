@@ -24,8 +24,9 @@ def left_after(round_: int, rounds: int, sparsity: float) -> float:
 
 
 class Rewinding(pl.Callback):
-    """At each of the steps `ends`, drops the same share of the weights that are left, and puts everything that learns
-    back to its value at step `origin`, with an optimizer that has forgotten what it did. What went stays away."""
+    """At each of the steps `ends`, drops the same share of the weights that are left, and puts everything that learns,
+    in the model and beside it, back to its value at step `origin`, with an optimizer that has forgotten what it did.
+    What went stays away."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Rewinding(pl.Callback):
         self.origin = origin
         self.ends = list(ends)
         self._done = -1
-        self._values: dict[str, Tensor] = {}  # at the origin, by name
+        self._values: dict[str, Tensor] = {}  # at the origin, by name in the learner
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == self.origin == 0:
@@ -68,10 +69,10 @@ class Rewinding(pl.Callback):
         Selection(self.selection.pattern, self.selection.scope, share).draw(scores)
 
     def _keep(self, learner: Any) -> None:
-        self._values = {name: value.detach().clone() for name, value in learning(learner).items()}
+        self._values = {name: value.detach().clone() for name, value in learning(learner, learner).items()}
 
     def _rewind(self, trainer: pl.Trainer, learner: Any) -> None:
-        exchange(learner.model, self._values)
+        exchange(learner, self._values)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 

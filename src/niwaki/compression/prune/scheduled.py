@@ -36,7 +36,8 @@ class Scheduled(Pruning):
     equal length from `begin` to `end`, each of which drops the same share of what is left and puts all that learns back
     to its values at `begin`; the learning rate goes on, so schedule=constant comes closest to the paper. `rigl`: sparse
     from the start; every `interval` steps from `begin` to `end` a share of the connections moves from the smallest
-    magnitudes to the largest gradients, `fraction` at first and less along a cosine.
+    magnitudes to the largest gradients, `fraction` at first and less along a cosine; where the weights rest (below the
+    blocks that learn, or beside adapters) nothing moves.
     """
 
     scope: Scope = "layer"
@@ -88,6 +89,10 @@ class Scheduled(Pruning):
         return int(given(self.rounds, 3))
 
     @property
+    def compared(self) -> Scope:
+        return self.scope
+
+    @property
     def moves_base(self) -> bool:
         return self.schedule == "rigl"
 
@@ -97,6 +102,11 @@ class Scheduled(Pruning):
             return (
                 f"tuning={tuning.name} and {self.name} with {self.field}.schedule=rewind: what the tuning dropped "
                 "would come back with the values of an earlier step; use another schedule"
+            )
+        if self.schedule == "rigl" and tuning and not tuning.moves_linears:
+            return (
+                f"tuning={tuning.name} and {self.name} with {self.field}.schedule=rigl: none of the pruned weights "
+                "learns, and those that come back begin at zero; use another schedule"
             )
         return super().conflict(others)
 
@@ -163,14 +173,15 @@ class Scheduled(Pruning):
         return [first + round((last - first) * index / count) for index in range(1, count + 1)]
 
     def _regrowth(self, masks: Masks, selection: Selection, context: Context) -> Effects:
-        if not any(linear.weight.requires_grad for linear, _ in masks.values()):
+        moving = {linear: mask for linear, mask in masks.values() if linear.weight.requires_grad}
+        if not moving:
             raise ConfigError(
-                f"{self.field}.schedule=rigl: none of the pruned weights learns with this tuning, and those that come "
-                "back begin at zero; use another schedule"
+                f"{self.field}.schedule=rigl: none of the weights that targets names learns with this tuning, and those"
+                " that come back begin at zero; use another schedule"
             )
         first, last = self.span.steps(context.steps)
         schedule = RigL(
-            dict(masks.values()), pattern=selection.pattern, fraction=given(self.fraction, 0.3), first=first, last=last,
+            moving, pattern=selection.pattern, fraction=given(self.fraction, 0.3), first=first, last=last,
             interval=self.span.interval,
         )  # fmt: skip
         return Effects(callbacks=[schedule], settled=last)

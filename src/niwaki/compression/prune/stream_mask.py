@@ -22,8 +22,8 @@ class StreamMask(nn.Module):
     """z for each channel. A norm in the stream is one over the channels whose z is not 0, and what it gives is
     multiplied by z; so is what enters the blocks without a norm.
 
-    While it learns, z is drawn anew for each batch; in eval mode, and for good after `settle`, it is the mask of as
-    many zeros as are expected. One channel always stays.
+    While it learns, z is drawn anew for each batch; in eval mode it is the mask of as many zeros as are expected, and
+    after `settle` the one that was chosen, for good. One channel always stays.
     """
 
     open: Tensor
@@ -64,9 +64,16 @@ class StreamMask(nn.Module):
             mask[self.channel.argmax()] = 1
         return mask
 
-    def settle(self) -> None:
-        """Keep the mask as it is expected to be, for good."""
-        self.open.copy_(self.expected())
+    @torch.no_grad()
+    def ranks(self) -> Tensor:
+        """The order in which channels close, as that of the units of a sublayer; infinite for the one that stays."""
+        ranks = self.expected() + self.probability()
+        ranks[ranks.argmax()] = torch.inf
+        return ranks
+
+    def settle(self, stays: Tensor) -> None:
+        """Keep these channels for good."""
+        self.open.copy_(stays)
         self.is_settled.fill_(True)
 
     def put_to_work(self, model: nn.Module) -> None:

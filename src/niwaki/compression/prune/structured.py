@@ -17,7 +17,7 @@ from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.cut_units import CutUnits, cut_all, tell_config
 from niwaki.model.units import Kind, Units, units_of
-from niwaki.stage import Context, Effects, Phase, Stage
+from niwaki.stage import Context, Effects, Phase, Stage, Tuning
 
 ROWS = 256  # of calibration, where the setting is null
 Keep = int | Sequence[int | Sequence[int]] | None
@@ -135,7 +135,7 @@ class Structured(Stage):
                     f"{self.name} with schedule=cubic and tuning={other.name} with tuning.merge=false: the adapters "
                     "beside the base would keep the shapes that are cut after the fit; use schedule=one_shot"
                 )
-            if gradual and self.importance == "magnitude" and getattr(other, "merge", None):
+            if gradual and self.importance == "magnitude" and isinstance(other, Tuning) and not other.trains_base:
                 return (
                     f"{self.name} with schedule=cubic, importance=magnitude and tuning={other.name}: the weights that "
                     "it ranks by are frozen; use importance=taylor or activation, or schedule=one_shot"

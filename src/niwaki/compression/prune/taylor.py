@@ -3,10 +3,11 @@ gathered along the fit (Molchanov et al. 2019, arXiv:1906.10771)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -15,27 +16,53 @@ from niwaki.compression.prune.mask import Mask
 from niwaki.compression.prune.pruning import given
 from niwaki.compression.prune.scheduled import Masks, Scheduled
 from niwaki.errors import ConfigError
-from niwaki.stage import Context, Stage
+from niwaki.stage import Context, Effects, Stage
 from niwaki.weights import entering
 
 
 class TaylorMask(Mask):
-    """A mask that gathers |gradient x weight|, of masked weights too, from each backward pass between two draws."""
+    """A mask that gathers |gradient x weight|, of masked weights too, from each backward pass between two draws. The
+    gradients of a weight that is used several times are summed up first."""
 
     gathered: Tensor
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         super().__init__(shape, device)
         self.register_buffer("gathered", torch.zeros(shape, device=device))
-        self.watcher = self.gather
+        self.watcher = self.see
+        self._seen: Tensor | None = None  # gradient x weight, of the uses in this backward pass
 
-    def gather(self, gradient: Tensor, weight: Tensor) -> None:
-        """Add one backward pass; a gradient that a loss scale made infinite counts nothing."""
-        self.gathered += (gradient * weight).abs().nan_to_num(0.0, 0.0, 0.0)
+    def see(self, gradient: Tensor, weight: Tensor) -> None:
+        """One use of the weight in a backward pass."""
+        product = gradient * weight
+        self._seen = product if self._seen is None else self._seen + product
+
+    def gather(self, rows: int) -> None:
+        """Add the backward pass of a mean over so many rows; a gradient that a loss scale made infinite counts
+        nothing."""
+        if self._seen is not None:
+            self.gathered += rows * self._seen.abs().nan_to_num(0.0, 0.0, 0.0)
+        self._seen = None
 
     def take(self, kept: Tensor) -> None:
         super().take(kept)
         self.gathered.zero_()
+
+
+class Gather(pl.Callback):
+    """Lets the masks gather each backward pass of a fit."""
+
+    def __init__(self, masks: Sequence[TaylorMask]) -> None:
+        self.masks = list(masks)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+        for mask in self.masks:
+            mask.gather(rows_of(batch))
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """How many rows a batch has."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +71,8 @@ class Taylor(Scheduled):
 
     `schedule=one_shot` (SNIP) and the start of `rigl`: the gradient is that of the sum of the task's losses on
     calibration rows, in eval mode. `cubic` and `rewind`: |dL/dw * w| of each backward pass of the fit, summed up since
-    the last mask was drawn; L is the loss of the fit, and dL/dw that of the masked weight, so that a weight that
-    went can come back (with cubic).
+    the last mask was drawn, each times the rows of its batch; L is the loss of the fit, and dL/dw that of the masked
+    weight, so that a weight that went can come back (with cubic).
     """
 
     paper: ClassVar[str] = "Lee et al. 2019, arXiv:1810.02340; Molchanov et al. 2019, arXiv:1906.10771"
@@ -83,6 +110,12 @@ class Taylor(Scheduled):
         gathered: Tensor = mask.gathered
         return gathered
 
+    def prepare(self, model: nn.Module, context: Context) -> Effects:
+        effects = super().prepare(model, context)
+        if self.along_the_fit:  # first, since a mask may be drawn at the end of the same step
+            effects.callbacks.insert(0, Gather([m for m in model.modules() if isinstance(m, TaylorMask)]))
+        return effects
+
     def first_scores(self, model: nn.Module, masks: Masks, context: Context) -> dict[Any, Tensor]:
         gradients = {mask: torch.zeros_like(mask.mask, dtype=torch.float32) for _, mask in masks.values()}
         for mask in gradients:
@@ -90,7 +123,7 @@ class Taylor(Scheduled):
         device = next(model.parameters()).device
         with evaluating(model), torch.enable_grad():
             for batch in context.calibration(given(self.rows, 128)):
-                context.loss(model, to_device(batch, device)).backward()
+                (rows_of(batch) * context.loss(model, to_device(batch, device))).backward()
         model.zero_grad(set_to_none=True)
         for mask in gradients:
             mask.watcher = None

@@ -68,12 +68,14 @@ class Vocabulary(Stage):
         return sorted(kept)
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        table = table_of(model)
-        refuse_shifted_positions(model, context.tokens)
-        edit = KeepTokens.of(context.tokens)
-        context.facts["tokens"] = {"before": table.num_embeddings, "after": len(context.tokens)}
+        context.facts["tokens"] = {"before": table_of(model).num_embeddings, "after": len(context.tokens)}
+        return Effects(edits=[self.trim(model, context.tokens)])
+
+    def trim(self, model: Any, tokens: Sequence[int]) -> KeepTokens:
+        refuse_shifted_positions(model, tokens)
+        edit = KeepTokens.of(tokens)
         edit.apply(model)
-        return Effects(edits=[edit])
+        return edit
 
     def _extra(self, tokenizer: Any) -> set[int]:
         """The tokens of the text file that `extra` names, line by line."""

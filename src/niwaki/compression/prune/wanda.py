@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from niwaki.compression.prune.calibration import Calibrated
-from niwaki.compression.prune.pattern import Pattern
+from niwaki.compression.prune.pattern import Pattern, Scope
 from niwaki.weights import entering
 
 
@@ -29,14 +29,13 @@ class Wanda(Calibrated):
             self.check_scope(self.scope, ("row", "layer"))
 
     @property
-    def by_row(self) -> bool:
-        """Whether the weights of a row compete with each other alone."""
+    def compared(self) -> Scope:
         pattern = Pattern.parse(self.pattern)
-        return self.scope == "row" or (self.scope is None and pattern.height == 1 and not pattern.group)
+        return self.scope or ("row" if pattern.height == 1 and not pattern.group else "layer")
 
     def statistic(self, values: Tensor) -> Tensor:
         return values.square().sum(0)
 
     def prune(self, linear: nn.Linear, mask: Any, statistic: Tensor, sparsity: float) -> None:
         scores = entering(linear, mask).abs() * statistic.sqrt()
-        mask.take(Pattern.parse(self.pattern).draw(scores, sparsity, by_row=self.by_row))
+        mask.take(Pattern.parse(self.pattern).draw(scores, sparsity, by_row=self.compared == "row"))

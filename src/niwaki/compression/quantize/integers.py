@@ -171,6 +171,11 @@ class IntegerLinear(nn.Module):
         """Whether the product is an integer one, rather than one of the dequantized weight."""
         return bool(self.activation_bits) and not self.group and self.scale.device.type == "cpu"
 
+    @property
+    def zeros_without_code(self) -> int:
+        """Those that the shared values leave out; else every weight has its code."""
+        return 0 if self.shared is None else int(self.shared.zeros_without_code)
+
     def store(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes (out, in) int8 and scales (out, groups)."""
         device = self.scale.device

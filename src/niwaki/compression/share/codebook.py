@@ -16,7 +16,7 @@ from niwaki.compression.share.stored import CodebookLinear, UseCodebook, look_up
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.stage import Context, Effects, Phase, Stage
+from niwaki.stage import Context, Effects, Phase, Stage, Tuning
 from niwaki.weights import Link, entering, links, stack
 
 FIELD = "compression.codebook"
@@ -65,7 +65,8 @@ class Codebook(Link):
 
     A centroid is the sum of `base`, its place when the clusters were drawn, and `shift`, what it has learned since.
     Above a delta, the mean of what now enters its cluster is a third part (and `base` what is left), so that the delta
-    moves the centroids. Weights that a mask below has set to zero stay zero and belong to no cluster.
+    moves the centroids. Weights that a mask `below` has set to zero stay zero and belong to no cluster. One that the
+    mask lets back takes the centroid that was nearest to it, as it stood below the mask, when the clusters were drawn.
     """
 
     phase = Phase.SHARE
@@ -73,9 +74,11 @@ class Codebook(Link):
     base: Tensor
     drawn: Tensor
 
-    def __init__(self, shape: torch.Size, *, bits: int, rows: int | None, pruned: bool, follows: bool) -> None:
+    def __init__(
+        self, shape: torch.Size, *, bits: int, rows: int | None, follows: bool, below: Link | None = None
+    ) -> None:
         super().__init__()
-        self.pruned = pruned
+        self._below = (below,)  # in a tuple: it has its place in the chain
         self.follows = follows
         self.tables = shape[0] // (rows or shape[0])
         self.register_buffer("indices", torch.zeros(shape, dtype=torch.uint8))
@@ -87,18 +90,18 @@ class Codebook(Link):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.is_drawn:
             return weight
-        mask = self.mask_of(weight)
-        sizes = self.sizes(weight) if self.follows else None
+        mask = self.mask
+        sizes = self.sizes() if self.follows else None
         return Shared.apply(weight, self.centroids(weight, sizes), self.indices, mask, sizes)
 
-    def mask_of(self, weight: Tensor) -> Tensor | None:
+    @property
+    def mask(self) -> Tensor | None:
         """Where a weight is kept; None where none is pruned."""
-        return weight.detach() != 0 if self.pruned else None
+        return self._below[0].kept() if self._below[0] else None
 
-    def sizes(self, weight: Tensor) -> Tensor:
+    def sizes(self) -> Tensor:
         """How many weights each cluster has, 1 for none. (tables, 2^bits), double."""
-        mask = self.mask_of(weight)
-        members = torch.ones_like(weight) if mask is None else mask
+        members = torch.ones_like(self.indices) if self.mask is None else self.mask
         return cluster_sums(members, self.indices, self.base.shape).clamp(min=1)
 
     def centroids(self, weight: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -109,33 +112,32 @@ class Codebook(Link):
     def means(self, weight: Tensor, sizes: Tensor | None = None) -> Tensor:
         """The mean of each cluster, 0 of one that is empty, without a gradient. (tables, 2^bits)."""
         sums = cluster_sums(weight.detach(), self.indices, self.base.shape)
-        return (sums / (self.sizes(weight) if sizes is None else sizes)).to(weight.dtype)
+        return (sums / (self.sizes() if sizes is None else sizes)).to(weight.dtype)
 
-    def draw(self, weight: Tensor, start: str, seed: int) -> None:
-        """Find the clusters of `weight` anew; what the centroids have learned stays on top."""
-        rows = weight.reshape(self.tables, -1)
-        mask = self.mask_of(rows)
-        valid = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask
-        self._assign(weight, cluster(rows, valid, self.base.shape[1], start, seed))
+    def draw(self, linear: nn.Linear, start: str, seed: int) -> None:
+        """Find the clusters of what enters anew; what the centroids have learned stays on top."""
+        rows = entering(linear, self).reshape(self.tables, -1)
+        valid = torch.ones_like(rows, dtype=torch.bool) if self.mask is None else self.mask.view_as(rows)
+        self._assign(linear, cluster(rows, valid, self.base.shape[1], start, seed))
         self.drawn.fill_(True)
         self.is_drawn = True
 
-    def reassign(self, weight: Tensor) -> None:
+    def reassign(self, linear: nn.Linear) -> None:
         """Give every weight the centroid that is nearest to it now; no centroid moves."""
-        self._assign(weight, self.centroids(weight).detach() - self.shift.detach().view_as(self.base))
+        self._assign(linear, self.centroids(entering(linear, self)).detach() - self.shift.detach().view_as(self.base))
 
-    def _assign(self, weight: Tensor, centroids: Tensor) -> None:
+    def _assign(self, linear: nn.Linear, centroids: Tensor) -> None:
         whole = centroids + self.shift.detach().view_as(centroids)
-        self.indices.copy_(nearest(weight.reshape(self.tables, -1), whole).view(weight.shape))
-        self.base.copy_(centroids - self.means(weight) if self.follows else centroids)
+        unmasked = entering(linear, self._below[0] or self)
+        self.indices.copy_(nearest(unmasked.reshape(self.tables, -1), whole).view(unmasked.shape))
+        self.base.copy_(centroids - self.means(entering(linear, self)) if self.follows else centroids)
 
     def record(self, weight: Tensor) -> dict[str, Tensor]:
         """`indices` (out, in), `centroids` (tables, 2^bits) and, above a mask, `kept` (out, in)."""
         if not self.is_drawn:
             return {}
-        mask = self.mask_of(weight)
         found = {"indices": self.indices.clone(), "centroids": self.centroids(weight).detach().clone()}
-        return found if mask is None else {**found, "kept": mask}
+        return found if self.mask is None else {**found, "kept": self.mask.clone()}
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -158,7 +160,7 @@ class CodebookSchedule(pl.Callback):
     def draw(self) -> None:
         """Find the clusters of what now enters every codebook."""
         for number, (linear, book) in enumerate(self.books.items()):
-            book.draw(entering(linear, book), self.start, self.seed + number)
+            book.draw(linear, self.start, self.seed + number)
         self._rest()
 
     def _rest(self) -> None:
@@ -180,7 +182,7 @@ class CodebookSchedule(pl.Callback):
             self.draw()
         elif self.reassign and (step - self.begin) % self.reassign == 0:
             for linear, book in self.books.items():
-                book.reassign(entering(linear, book))
+                book.reassign(linear)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step}
@@ -238,6 +240,11 @@ class CodebookSharing(Stage):
                     f"tuning=gradual and {self.name}: centroids learn in place of the weights, and would not thaw with "
                     f"them; use tuning=full, or {FIELD}.begin=1"
                 )
+            if self.reassign and isinstance(other, Tuning) and not other.moves_linears:
+                return (
+                    f"tuning={other.name} and {self.name} with {FIELD}.reassign={self.reassign}: no weight moves, so "
+                    f"none would take another centroid; leave {FIELD}.reassign null"
+                )
             if other.phase is Phase.QUANTIZE and other.during_fit and not self.during_fit:
                 return (
                     f"{self.name} with begin=1 and {other.name}: the fit would run through a grid below which the "
@@ -280,12 +287,13 @@ class CodebookSharing(Stage):
     def _stack(self, linear: nn.Linear) -> Codebook:
         """A codebook on top of the chain of a linear; what learned below it, or what of it still does, decides whether
         the centroids learn."""
-        below = {link.phase for link in links(linear)}
-        chains: Any = linear.parametrizations if below else None
-        weight: Any = chains["weight"].original if below else linear.weight
-        delta = Phase.TUNE in below
+        chain = links(linear)
+        chains: Any = linear.parametrizations if chain else None
+        weight: Any = chains["weight"].original if chain else linear.weight
+        delta = any(link.phase is Phase.TUNE for link in chain)
+        masking = next((link for link in chain if link.kept() is not None), None)
         book = Codebook(
-            weight.shape, bits=self.bits, rows=self.rows, pruned=Phase.PRUNE in below, follows=delta
+            weight.shape, bits=self.bits, rows=self.rows, follows=delta, below=masking
         ).to(weight.device)  # fmt: skip
         book.shift.requires_grad_((weight.requires_grad or delta) and self.during_fit)
         stack(linear, book)

@@ -80,6 +80,11 @@ class CodebookLinear(nn.Module):
             self.register_buffer("mask", torch.zeros(packed_bytes(count, 1), dtype=torch.uint8))
         self._operand: Tensor | None = None
 
+    @property
+    def zeros_without_code(self) -> int:
+        """Weights that were pruned, which have no index."""
+        return 0 if self.kept is None else self.in_features * self.out_features - self.kept
+
     def store(self, indices: Tensor, centroids: Tensor, mask: Tensor | None) -> None:
         """Take indices (out, in), centroids (tables, 2^bits), and where a weight is kept (out, in), if not anywhere."""
         device = self.centroids.device
