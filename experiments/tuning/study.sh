@@ -3,7 +3,7 @@
 #
 #   experiments/tuning/study.sh rates SST2 [TUNING...]    learning rates, compared on validation: 2,000 rows, 189 steps
 #   experiments/tuning/study.sh sst2 SST2 [TUNING...]     the table's scores of SST-2, 217 steps, seeds 0, 1, 2
-#   experiments/tuning/study.sh ner CONLL [TUNING...]     and of CoNLL-2003, 5,000 training sentences, seed 0
+#   experiments/tuning/study.sh ner CONLL [TUNING...]     and of CoNLL-2003, 5,000 training sentences, 313 steps, seed 0
 #   experiments/tuning/study.sh cost SST2 [TUNING...]     its seconds and memory, on a machine that does nothing else
 #
 # SST2 and CONLL are folders with train, validation and test.jsonl.
@@ -38,8 +38,9 @@ for tuning in "$@"; do
   case $what in
     rates) study "tuning-search-$tuning" "$tuning" "${rates[$tuning]}" seed=0 data.limit=2000 ;;
     sst2) study "tuning-sst2-$tuning" "$tuning" "${chosen[$tuning]}" seed=0,1,2 trainer.max_epochs=1 ;;
-    ner) study "tuning-ner-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 task=ner data.limit=5000 ;;
-    cost) study "tuning-cost-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 trainer.max_steps=60 data.limit=2000 ;;
+    ner) study "tuning-ner-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 task=ner data.limit=5000 \
+      data.batch_size=16 trainer.max_epochs=1 ;;
+    cost) study "tuning-cost-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 trainer.max_steps=30 data.limit=2000 ;;
     *) echo "$what: needs rates, sst2, ner or cost" >&2; exit 2 ;;
   esac
 done
