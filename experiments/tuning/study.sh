@@ -40,7 +40,8 @@ for tuning in "$@"; do
     sst2) study "tuning-sst2-$tuning" "$tuning" "${chosen[$tuning]}" seed=0,1,2 trainer.max_epochs=1 ;;
     ner) study "tuning-ner-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 task=ner data.limit=5000 \
       data.batch_size=16 trainer.max_epochs=1 ;;
-    cost) study "tuning-cost-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 trainer.max_steps=30 data.limit=320 ;;
+    cost) study "tuning-cost-$tuning" "$tuning" "${chosen[$tuning]}" seed=0 trainer.max_steps=20 data.limit=640 \
+      'callbacks=[]' trainer.limit_validation_batches=1 ;;
     *) echo "$what: needs rates, sst2, ner or cost" >&2; exit 2 ;;
   esac
 done
