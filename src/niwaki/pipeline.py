@@ -17,7 +17,7 @@ from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import Seen, outline
-from niwaki.model.load import Pretrained
+from niwaki.model.load import Pretrained, located
 from niwaki.model.teacher import (
     LooksInside,
     Taught,
@@ -160,7 +160,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         calibration=corpus.calibration,
         training=corpus.numbered,
         training_key=corpus.training_key,
-        read_by=lambda place: corpus.read_by(Pretrained(name=place).tokenizer()),
+        read_by=lambda place: corpus.read_by(Pretrained(name=located(place, "teacher")).tokenizer()),
         inputs=recipe.task.inputs,
         tokens=corpus.tokens,
         loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),

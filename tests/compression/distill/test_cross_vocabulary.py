@@ -145,5 +145,7 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(tmp_path: Path, t
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"^compression\.cross_vocabulary\.teacher: needs"):
         refuse_conflicts([CrossVocabulary()])
+    with pytest.raises(ConfigError, match=r"^compression\.cross_vocabulary\.teacher: needs"):
+        refuse_conflicts([CrossVocabulary(teacher="auto")])
     with pytest.raises(ConfigError, match=r"^compression\.cross_vocabulary\.temperature=0\.0: needs"):
         CrossVocabulary(teacher="x", temperature=0.0)

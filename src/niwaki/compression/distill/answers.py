@@ -89,7 +89,7 @@ class Answers:
 
 class Remembered:
     """A teacher whose answers to the training rows are looked up: computed in one pass when they are first asked for,
-    under the precision of that moment, unless a run has done so before. Then the teacher's weights are let go.
+    under the precision of that moment, unless a run has done so before. After that the teacher does not run.
 
     The name of the file is a digest of the teacher's weights, the encoded rows, the precision and what is kept, so that
     another of these has another file. Processes that want the same one wait for the first.

@@ -41,7 +41,7 @@ class CrossVocabulary(Compared):
             raise ConfigError(f"{self.title}.temperature={self.temperature}: needs a number above 0")
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
-        if self.teacher is None:
+        if self.teacher in (None, "auto"):  # one that is tuned first has the student's vocabulary
             return f"{self.title}.teacher: needs a hub name, a folder, or an artifact with another vocabulary"
         return super().conflict(others)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -71,13 +72,14 @@ class Logits(Compared):
         classes = min(map(classes_of, (context.anatomy, teacher.anatomy)))
         kept = Kept(classes=classes, top_k=self.top_k, temperature=self.temperature if self.top_k else None)
         answers = Remembered(teacher, context, kept, f"{self.title}.cache")
-        return Effects(terms={self.name: RememberedTerm(answers, context, self.compare_remembered, self.weight)})
+        compare = partial(self.compare_remembered, classes=classes)
+        return Effects(terms={self.name: RememberedTerm(answers, context, compare, self.weight)})
 
-    def compare_remembered(self, student: Tensor, said: Targets) -> Tensor:
-        """The same divergence, from what was kept of the teacher."""
+    def compare_remembered(self, student: Tensor, said: Targets, classes: int) -> Tensor:
+        """The same divergence, from what was kept of the teacher, over so many classes."""
         if said.places is None:
             return softened_divergence(student, said.values, self.temperature, self.measure())
-        logs = functional.log_softmax(student.float() / self.temperature, dim=-1)
+        logs = functional.log_softmax(student[:, :classes].float() / self.temperature, dim=-1)
         return self.temperature**2 * self.measure()(divergence.with_rest(logs, said.places), said.values)
 
     def lesson(self, context: Context, teacher: Teacher) -> Lesson:
