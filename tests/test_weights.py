@@ -13,16 +13,19 @@ from torch.nn.utils import parametrize
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.compression.prune.mask import Mask
 from niwaki.compression.quantize.int8 import Int8
-from niwaki.compression.quantize.integers import IntegerGrid
+from niwaki.compression.quantize.integers import IntegerGrid, IntegerLinear
 from niwaki.compression.quantize.qat import QAT
+from niwaki.compression.share.stored import CodebookLinear
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Phase, ordered, refuse_conflicts
 from niwaki.tuning.delta import adapters, unload
 from niwaki.tuning.full import Full
 from niwaki.tuning.lora import LoRA
+from niwaki.tuning.normal_float import NormalFloatLinear
 from niwaki.weights import (
     Link,
+    Packed,
     entering,
     fold,
     links,
@@ -238,3 +241,9 @@ def test_a_masked_negative_weight_is_a_plain_zero(setting: Callable[..., Any]) -
     fold(context.targets)
     assert torch.equal(linear.weight, masked)
     assert not bool((torch.signbit(linear.weight) & (linear.weight == 0)).any())
+
+
+@pytest.mark.parametrize("kind", [IntegerLinear, CodebookLinear, NormalFloatLinear])
+def test_packed_linears_say_so_by_their_class(kind: type[nn.Module]) -> None:
+    # and not by what an instance has: from Python 3.12 on that look-up does not see what torch keeps of a module
+    assert issubclass(kind, Packed)

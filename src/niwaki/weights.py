@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,33 @@ from torch.nn.utils import parametrize
 from niwaki.stage import Phase
 
 
-@runtime_checkable
-class Packed(Protocol):
+class Packed(nn.Module, abc.ABC):
     """A linear whose weight is stored as codes of a few bits each."""
 
+    holds: ClassVar[str]  # what its tensors are, in a report
+    dense: type[nn.Linear] = nn.Linear  # what it stands for, which may have a layout of its own in files
     bits: int  # of one code
-    holds: str  # what its tensors are, in a report
-    dense: type[nn.Linear]  # of the linear that it stands for, which may have a layout of its own in files
     in_features: int
     out_features: int
-    bias: nn.Parameter | None
-    zeros_without_code: int  # weights that are zero and take no code
+    bias: Any  # a parameter, or None
+    _operand: Tensor | None = None  # what a product takes, made of the codes when it is first needed
 
+    @property
+    def zeros_without_code(self) -> int:
+        """Weights that are zero and take no code."""
+        return 0
+
+    @abc.abstractmethod
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for, fp32 (out, in)."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Packed:
+        self._operand = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._operand = None
+        super()._load_from_state_dict(*arguments)
 
 
 class Link(nn.Module, abc.ABC):
@@ -132,5 +145,5 @@ def to_dense(model: nn.Module) -> None:
     for name, module in list(packed(model)):
         linear = module.dense(module.in_features, module.out_features, bias=False)
         linear.weight = nn.Parameter(module.dequantized())
-        linear.bias = module.bias  # type: ignore[assignment]
+        linear.bias = module.bias
         replace_module(model, name, linear)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from niwaki.compression.quantize.integers import to_codes
 from niwaki.edits import Edit
-from niwaki.weights import replace_module
+from niwaki.weights import Packed, replace_module
 
 # Appendix E of the paper: quantiles of N(0, 1), 7 below zero and 8 above it, scaled to -1..1, with an exact zero.
 LEVELS = (
@@ -71,7 +71,7 @@ class Product(torch.autograd.Function):
         return to_values, to_bias, None
 
 
-class NormalFloatLinear(nn.Linear):
+class NormalFloatLinear(nn.Linear, Packed):
     """y = W x + b with W = level[code] * scale, one scale (the largest magnitude) for each `block` of weights.
 
     `weight`: int8, two codes a byte, blocks of the flattened (out, in) weight; T5 casts what enters its feed-forward to
@@ -84,8 +84,6 @@ class NormalFloatLinear(nn.Linear):
     scale: Tensor
     bits = 4
     holds = "NormalFloat codes"
-    zeros_without_code = 0
-    dense: type[nn.Linear] = nn.Linear
 
     def __init__(
         self, in_features: int, out_features: int, *, block: int, double_quantization: bool, bias: nn.Parameter | None

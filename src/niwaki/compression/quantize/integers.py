@@ -132,7 +132,7 @@ class UseIntegers(Edit):
             replace_module(model, name, integer)
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(Packed):
     """y = (codes * scale) x + bias, with the codes stored as integers of `bits` each.
 
     `codes`: int8 (out, in) for 8 bits, else a uint8 stream with nothing between the codes. `scale`: (out, groups).
@@ -143,7 +143,6 @@ class IntegerLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     holds: ClassVar[str] = "integer codes"
-    dense: type[nn.Linear] = nn.Linear
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
     def __init__(
@@ -164,7 +163,6 @@ class IntegerLinear(nn.Module):
         else:
             shared.bias = None  # or it would be stored twice
         self.register_buffer("scale", torch.ones(out_features, in_features // group if group else 1))
-        self._operand: Tensor | None = None
 
     @property
     def runs_on_integers(self) -> bool:
@@ -214,14 +212,6 @@ class IntegerLinear(nn.Module):
         if self.bias is not None:
             product += self.bias
         return product.view(*values.shape[:-1], self.out_features).to(values.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLinear:
-        self._operand = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._operand = None
-        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group={self.group}"

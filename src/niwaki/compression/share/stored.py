@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from niwaki.edits import Edit
 from niwaki.packing import pack, packed_bytes, unpack
-from niwaki.weights import replace_module
+from niwaki.weights import Packed, replace_module
 
 
 def look_up(centroids: Tensor, indices: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class UseCodebook(Edit):
             replace_module(model, name, shared)
 
 
-class CodebookLinear(nn.Module):
+class CodebookLinear(Packed):
     """y = W x + bias, W[i, j] = centroids[table of row i, index of (i, j)], or 0 where a weight was pruned.
 
     `indices`: a uint8 stream of `bits` for each weight, or for each that is kept (`kept` of them) where some are
@@ -59,7 +59,6 @@ class CodebookLinear(nn.Module):
     centroids: Tensor
     mask: Tensor
     holds: ClassVar[str] = "codebook"
-    dense: type[nn.Linear] = nn.Linear
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
     def __init__(
@@ -78,7 +77,6 @@ class CodebookLinear(nn.Module):
         self.register_buffer("centroids", torch.zeros(out_features // (rows or out_features), 2**bits))
         if kept is not None:
             self.register_buffer("mask", torch.zeros(packed_bytes(count, 1), dtype=torch.uint8))
-        self._operand: Tensor | None = None
 
     @property
     def zeros_without_code(self) -> int:
@@ -110,14 +108,6 @@ class CodebookLinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # it may be used under a gradient later
                 self._operand = self.dequantized()
         return functional.linear(values, self._operand, self.bias)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CodebookLinear:
-        self._operand = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._operand = None
-        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, kept={self.kept}"
