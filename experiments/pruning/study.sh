@@ -29,7 +29,7 @@ sst2() { # STUDY MORE...
 dense=logs/pruning-dense/run/model
 from_dense() { # STUDY COMPRESSION MORE...: goes on from the dense model, which teaches it too
   sst2 "$1" model=pretrained model.name=$dense "compression=[$2,distill/logits]" compression.logits.teacher=$dense \
-    optimizer.lr=1e-4 trainer.max_epochs=6 "${@:3}"
+    compression.logits.cache=true optimizer.lr=1e-4 trainer.max_epochs=6 'callbacks=[]' "${@:3}"
 }
 case $what in
   oneshot)
@@ -44,17 +44,19 @@ case $what in
         "compression.$score.pattern='2:4','4:8'" "compression.$score.targets=$divided"
     done
     ;;
-  dense) sst2 pruning-dense optimizer.lr=1e-4 seed=0 ;;
+  dense) sst2 pruning-dense optimizer.lr=1e-4 seed=0 'callbacks=[]' ;;
   movement)
     for sparsity in 0.5 0.9 0.97; do
       from_dense "pruning-magnitude-$sparsity" prune/magnitude compression.magnitude.sparsity=$sparsity \
         compression.magnitude.schedule=cubic compression.magnitude.begin=0.1 compression.magnitude.end=0.8 \
         compression.magnitude.interval=1 seed=0,1 measure=scores
-      from_dense "pruning-movement-$sparsity" prune/movement compression.movement.sparsity=$sparsity \
-        seed=0,1 measure=scores
+      for start in zero magnitude; do
+        from_dense "pruning-movement-$start-$sparsity" prune/movement compression.movement.sparsity=$sparsity \
+          compression.movement.start=$start seed=0,1 measure=scores
+      done
     done
     # the sparsity follows from the penalty: the table has what was reached
-    from_dense pruning-soft-movement prune/soft_movement compression.soft_movement.penalty=10,40,400 \
+    from_dense pruning-soft-movement prune/soft_movement compression.soft_movement.penalty=4,10,40 \
       seed=0,1 measure=scores
     ;;
   structured)

@@ -74,10 +74,14 @@ class Gradients(pl.Callback):
             self.away[name] |= ~links(linear)[0].mask
 
 
-def test_in_a_fit_they_are_the_sum_of_steps(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("start", "factor"), [("zero", 20.0), ("magnitude", 1e5)])
+def test_in_a_fit_they_are_the_sum_of_steps(
+    start: Any, factor: float, setting: Callable[..., Any], train: Callable[..., Any]
+) -> None:
     one = setting()
     context = one.context(steps=6)
-    effects = Movement(sparsity=0.6, begin=0.0, end=0.5, lr_factor=20.0).prepare(one.model, context)
+    before = {name: linear.weight.detach().abs() for name, linear in context.targets.items()}
+    effects = Movement(sparsity=0.6, start=start, begin=0.0, end=0.5, lr_factor=factor).prepare(one.model, context)
     watch = Gradients(one, setting(), context.targets)
     train(
         learner_of(one, SGD(lr=0.01, momentum=0.0), effects, 6), [one.batch()] * 6,
@@ -85,11 +89,14 @@ def test_in_a_fit_they_are_the_sum_of_steps(setting: Callable[..., Any], train: 
     )  # fmt: skip
     for name, linear in context.targets.items():
         mask = links(linear)[0]
-        expected, size = -0.2 * watch.sums[name], watch.sums[name].abs().max()
+        expected, size = -0.01 * factor * watch.sums[name], watch.sums[name].abs().max() * factor / 100
+        if start == "magnitude":
+            expected = expected + before[name]
         torch.testing.assert_close(mask.matrix / size, expected / size, rtol=1e-3, atol=1e-5)
         away = watch.away[name]  # masked in some step, and scored in it all the same
         assert 0 < int(away.sum()) < away.numel()
-        assert bool((mask.matrix[away] != 0).all())
+        moved = mask.matrix - before[name] if start == "magnitude" else mask.matrix
+        assert bool((moved[away] != 0).float().mean() > 0.99)
         threshold = mask.matrix.flatten().sort().values[round(0.6 * mask.mask.numel())]
         assert torch.equal(mask.mask, mask.matrix >= threshold)
         assert int((linear.weight == 0).sum()) == round(0.6 * mask.mask.numel())
@@ -138,6 +145,21 @@ def test_scores_have_their_own_rate_and_no_decay(setting: Callable[..., Any]) ->
     assert {id(p) for p in found[0]["params"]} == scores
 
 
+def test_from_magnitude_the_smallest_go_first(setting: Callable[..., Any]) -> None:
+    one = setting()
+    context = one.context(steps=10)
+    weights = {name: linear.weight.detach().clone() for name, linear in context.targets.items()}
+    effects = Movement(sparsity=0.75, begin=0.0, end=0.1).prepare(one.model, context)
+    assert set(effects.lr_factors.values()) == {1.0}
+    effects.callbacks[0].draw(1)  # type: ignore[attr-defined]
+    for name, linear in context.targets.items():
+        threshold = weights[name].abs().flatten().sort().values[round(0.75 * weights[name].numel())]
+        assert torch.equal(links(linear)[0].mask, weights[name].abs() >= threshold)
+    other = setting()
+    zero = Movement(start="zero").prepare(other.model, other.context(steps=10))
+    assert set(zero.lr_factors.values()) == {200.0}
+
+
 def test_masks_alone_can_learn(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
     one = setting()
     context = one.context(steps=4)
@@ -152,7 +174,7 @@ def test_masks_alone_can_learn(setting: Callable[..., Any], train: Callable[...,
 def test_refusals(setting: Callable[..., Any]) -> None:
     for fields, message in (
         ({"lr_factor": 0.0}, "lr_factor=0.0"), ({"begin": 0.9}, "begin=0.9, end=0.8"), ({"interval": 0}, "interval=0"),
-        ({"scope": "block"}, "scope='block'"),
+        ({"scope": "block"}, "scope='block'"), ({"start": "one"}, "start='one'"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"^compression\.movement\.{message}"):
             Movement(**fields)  # type: ignore[arg-type]
