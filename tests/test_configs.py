@@ -18,6 +18,7 @@ NEEDED = {
     "data/files": ["data.train=rows.jsonl"],
     "data/hub": ["data.path=ag_news"],
     "model/pretrained": ["model.name=some/model"],
+    "experiment/tinybert_answers": ["model.name=some/model", "compression.logits.teacher=some/teacher"],
     "optimizer/adamw8bit": ["trainer=gpu"],
     "optimizer/schedule_free": ["schedule=constant"],
     **{
@@ -54,7 +55,8 @@ def test_every_option_builds(group: str, option: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str) -> None:
-    assert isinstance(compose.build(compose.compose([f"+experiment={name}"]).config), Recipe)
+    needed = NEEDED.get(f"experiment/{name}", [])
+    assert isinstance(compose.build(compose.compose([f"+experiment={name}", *needed]).config), Recipe)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -155,9 +155,14 @@ def the_one(stages: Sequence[Any]) -> str:
     return next(stage.teacher for stage in stages if isinstance(stage, Taught) and stage.teacher)
 
 
+def places_of(stage: Any, stages: Sequence[Any]) -> set[str]:
+    """Where the teachers of a stage are, one that others name among them."""
+    return {*stage.teachers().values(), stage.teacher or the_one(stages)}
+
+
 def precision_of(place: str, stages: Sequence[Any]) -> Precision:
     """What a teacher runs in: what the stages that share it say, else fp32."""
-    sharing = [s for s in stages if isinstance(s, Taught) and (s.teacher or the_one(stages)) == place]
+    sharing = [s for s in stages if isinstance(s, Taught) and place in places_of(s, stages)]
     return next((s.precision for s in sharing if s.precision), "fp32")
 
 

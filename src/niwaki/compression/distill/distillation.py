@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import Flow, Recorder, Seen, outline, recorder_of, refuse_attention
-from niwaki.model.teacher import Precision, Said, Taught, Teacher
+from niwaki.model.teacher import Precision, Said, Taught, Teacher, places_of
 from niwaki.stage import Context, Effects, Phase, Stage
 
 Compare = Callable[[Said, Said, Mapping[str, Tensor]], Tensor]
@@ -61,10 +61,9 @@ class Distillation(Stage):
         if self.teacher is None and len(named) != 1:
             why = f", since the other terms have different ones ({' and '.join(named[:2])})" if named else ""
             return f"{self.title}.teacher: needs a hub name, a folder, or an artifact of this project{why}"
-        place = self.teacher or named[0]
         for term in terms:
             precisions = {self.precision, term.precision} - {None}
-            if (term.teacher or place) == place and len(precisions) > 1:
+            if places_of(self, terms) & places_of(term, [self, *terms]) and len(precisions) > 1:
                 fields = [f"{title_of(one)}.precision={one.precision}" for one in (self, term)]
                 return f"{fields[0]} and {fields[1]}: they share a teacher, which runs in one precision; leave one null"
         return None
@@ -160,7 +159,10 @@ def title_of(stage: Any) -> str:
 class Term:
     """weight * what `compare` finds. It holds the teacher, outside of every module."""
 
-    def __init__(self, teacher: Teacher, compare: Compare, weight: float, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, teacher: Callable[[Mapping[str, Tensor]], Any], compare: Callable[..., Tensor], weight: float,
+        recorder: Recorder | None = None,
+    ) -> None:  # fmt: skip
         self.teacher = teacher
         self.compare = compare
         self.weight = weight
