@@ -75,6 +75,10 @@ FITS |= {  # with masks that have a state of their own, stopped between two of t
         "compression.taylor.rounds=2", "trainer.accumulate=2",
     ),
     "movement": ("optimizer.lr=0.001", "compression=[prune/movement]", "compression.movement.interval=2"),
+    "movement+zero": (
+        "optimizer.lr=0.001", "compression=[prune/movement]", "compression.movement.start=zero",
+        "compression.movement.interval=2",
+    ),
     "soft_movement": (
         "optimizer.lr=0.001", "compression=[prune/soft_movement]", "compression.soft_movement.penalty=1.0",
         "compression.soft_movement.interval=2",

@@ -118,7 +118,8 @@ def run(config: Mapping[str, Any], folder: Path, resume: bool) -> None:
 
     quiet_progress()
     if auto_teacher.wanted(config):
-        pipeline.judge(compose.build(config))
+        recipe = compose.build(config)
+        pipeline.check_teachers(recipe, *pipeline.judge(recipe), yet_to_come=auto_teacher.AUTO)
         config = auto_teacher.with_teacher(config, run)
     pipeline.run(compose.build(config), folder, config, resume=resume)
 

@@ -16,7 +16,7 @@ from lifecycle import begin, recipe_of, write_rows, write_teachers
 from niwaki.compression.distill import answers
 from niwaki.compression.distill.answers import Kept, remove_oldest, spans
 from niwaki.compression.distill.hidden import Hidden
-from niwaki.compression.distill.logits import Logits
+from niwaki.compression.distill.logits import Logits, softened_divergence
 from niwaki.errors import ConfigError
 from niwaki.fit import fit
 from niwaki.model.teacher import Teacher
@@ -202,3 +202,14 @@ def test_a_fit_with_them_ends_where_one_without_does(tmp_path: Path, task: str) 
         ends.append(work.model.state_dict())
     assert all(torch.allclose(ends[1][name], value, atol=1e-4) for name, value in ends[0].items())
     assert all(torch.equal(ends[1][name], value) for name, value in ends[2].items())
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(("ours", "theirs"), [(7, 5), (5, 7)])
+def test_classes_that_only_one_side_has_do_not_count(ours: int, theirs: int, top_k: int | None) -> None:
+    student, teacher = torch.randn(4, ours), torch.randn(4, theirs)
+    student[:, 5:] = teacher[:, 5:] = 9.0  # embeddings are padded behind the vocabulary
+    stage = Logits(teacher="x", top_k=top_k, temperature=2.0, cache=True)
+    said = Kept(classes=5, top_k=top_k, temperature=2.0 if top_k else None).of(teacher)
+    live = softened_divergence(student, teacher, 2.0, stage.measure(), top_k)
+    torch.testing.assert_close(stage.compare_remembered(student, said, classes=5), live)

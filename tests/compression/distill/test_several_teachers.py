@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from niwaki.compression.distill.hidden import Hidden
-from niwaki.compression.distill.logits import Logits, mean_logits
+from niwaki.compression.distill.logits import Logits, mean_logits, softened_divergence
 from niwaki.errors import ConfigError
 from niwaki.model.teacher import Teacher, precision_of
 from niwaki.stage import refuse_conflicts
@@ -43,7 +43,9 @@ def council(setting: Callable[..., Any], stage: Logits, task: str = "classificat
 def test_the_mean_of_their_distributions_by_hand(
     setting: Callable[..., Any], task: str, weights: list[float] | None
 ) -> None:
-    stage = Logits(teacher="first", also=["second", "third"], teacher_weights=weights, temperature=3.0, weight=0.7)
+    stage = Logits(
+        teacher="first", more_teachers=["second", "third"], teacher_weights=weights, temperature=3.0, weight=0.7
+    )
     one, others, term = council(setting, stage, task)
     batch = one.batch()
     counts = batch["labels"] != -100 if task == "ner" else torch.ones(len(batch["labels"]), dtype=torch.bool)
@@ -68,7 +70,7 @@ def test_several_that_say_the_same_are_one() -> None:
 
 
 def test_each_runs_once_for_a_batch_and_learns_nothing(setting: Callable[..., Any]) -> None:
-    one, others, term = council(setting, Logits(teacher="first", also=["second"]))
+    one, others, term = council(setting, Logits(teacher="first", more_teachers=["second"]))
     calls = [0, 0, 0]
     for number, other in enumerate(others):
         other.model.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
@@ -80,8 +82,8 @@ def test_each_runs_once_for_a_batch_and_learns_nothing(setting: Callable[..., An
 
 
 def test_the_fields_that_name_them_and_their_precisions() -> None:
-    stage = Logits(teacher="first", also=["second"], precision="bf16")
-    assert stage.teachers() == {"compression.logits.teacher": "first", "compression.logits.also[0]": "second"}
+    stage = Logits(teacher="first", more_teachers=["second"], precision="bf16")
+    assert stage.teachers() == {"compression.logits.teacher": "first", "compression.logits.more_teachers[0]": "second"}
     other = Hidden(teacher="third", precision="int8")
     assert [precision_of(place, [other, stage]) for place in PLACES] == ["bf16", "bf16", "int8"]
     refuse_conflicts([stage, other])
@@ -92,13 +94,18 @@ def test_the_fields_that_name_them_and_their_precisions() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"also": ["first"]}, r"also=\['first'\]: 'first' stands twice"),
-        ({"also": ["auto"]}, r"also=\['auto'\]: auto is for compression\.logits\.teacher"),
-        ({"also": ["second"], "cache": True}, "cache=true and also: what is kept is of one teacher"),
-        ({"also": ["second"], "teacher_weights": [1.0]}, r"teacher_weights=\[1\.0\]: needs .* here 2; or null"),
+        ({"more_teachers": "second"}, r"more_teachers='second': needs null or a list"),
+        ({"more_teachers": []}, r"more_teachers=\[\]: needs null or a list"),
+        ({"more_teachers": [""]}, r"more_teachers=\[''\]: needs null or a list"),
+        ({"more_teachers": ["auto"]}, r"more_teachers=\['auto'\]: auto is for compression\.logits\.teacher"),
+        ({"more_teachers": ["second"], "cache": True}, "cache=true and compression.logits.more_teachers: what is kept"),
         (
-            {"also": ["second"], "teacher_weights": [1.0, 0.0]},
-            r"teacher_weights=\[1\.0, 0\.0\]: needs a number above 0",
+            {"more_teachers": ["second"], "teacher_weights": [1.0]},
+            r"teacher_weights=\[1\.0\]: needs .* here 2;",
+        ),
+        (
+            {"more_teachers": ["second"], "teacher_weights": [1.0, 0.0]},
+            r"teacher_weights=\[1\.0, 0\.0\]: needs",
         ),
         ({"teacher_weights": [1.0]}, r"teacher_weights=\[1\.0\]: needs .* here 1; or null"),
     ],
@@ -106,3 +113,23 @@ def test_the_fields_that_name_them_and_their_precisions() -> None:
 def test_refusals(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^compression\.logits\.{message}"):
         Logits(teacher="first", **fields)
+
+
+@pytest.mark.parametrize("place", ["first", "./first", "first/"])
+@pytest.mark.parametrize("named_by_another", [False, True])
+def test_none_counts_twice(place: str, named_by_another: bool) -> None:
+    stage = Logits(teacher=None if named_by_another else "first", more_teachers=[place])
+    with pytest.raises(ConfigError, match=r"^compression\.logits\.more_teachers: 'first' stands twice"):
+        refuse_conflicts([stage, Hidden(teacher="first")])
+
+
+def test_the_likeliest_classes_are_those_of_the_mean() -> None:
+    first, second = torch.tensor([[4.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.0, 4.0, 1.0, 0.0]])
+    mean = mean_logits([first, second], [1.0, 1.0], 1.0)
+    p = [0.5 * (a + b) for a, b in zip(softmax(first[0].tolist(), 1.0), softmax(second[0].tolist(), 1.0), strict=True)]
+    q = softmax([0.3, 0.1, -0.2, 0.5], 1.0)
+    kept = [0, 1]  # the likeliest of the mean, and the others as one
+    pairs = [(p[i], q[i]) for i in kept] + [(p[2] + p[3], q[2] + q[3])]
+    expected = sum(a * (math.log(a) - math.log(b)) for a, b in pairs)
+    value = softened_divergence(torch.tensor([[0.3, 0.1, -0.2, 0.5]]), mean, 1.0, Logits(teacher="x").measure(), 2)
+    assert value.item() == pytest.approx(expected, rel=1e-4)

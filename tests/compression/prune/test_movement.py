@@ -150,7 +150,7 @@ def test_from_magnitude_the_smallest_go_first(setting: Callable[..., Any]) -> No
     context = one.context(steps=10)
     weights = {name: linear.weight.detach().clone() for name, linear in context.targets.items()}
     effects = Movement(sparsity=0.75, begin=0.0, end=0.1).prepare(one.model, context)
-    assert set(effects.lr_factors.values()) == {1.0}
+    assert set(effects.lr_factors.values()) == {10.0}
     effects.callbacks[0].draw(1)  # type: ignore[attr-defined]
     for name, linear in context.targets.items():
         threshold = weights[name].abs().flatten().sort().values[round(0.75 * weights[name].numel())]

@@ -56,18 +56,6 @@ def test_blocks_of_several_layers_together() -> None:
     assert not masks[large].mask.any()
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2x2"])
-def test_drawn_together_each_is_as_if_drawn_alone(pattern: str) -> None:
-    shapes = {"a": (4, 8), "b": (4, 8), "c": (8, 4), "d": (4, 8)}
-    masks = mask_targets({name: nn.Linear(i, o, bias=False) for name, (o, i) in shapes.items()}, Mask)
-    wanted = dict(zip(masks.values(), (0.5, 0.5, 0.5, 0.25), strict=True))
-    scores = {mask: torch.randint(0, 5, mask.mask.shape).float() for mask in wanted}  # with equals
-    Selection(Pattern.parse(pattern), "layer", wanted).draw(scores)
-    for mask, sparsity in wanted.items():
-        assert torch.equal(mask.mask, Pattern.parse(pattern).draw(scores[mask], sparsity))
-    assert len({tuple(mask.mask.flatten().tolist()) for mask in wanted}) == 4
-
-
 def test_each_mask_has_its_own_sparsity() -> None:
     linears = {name: nn.Linear(4, 2, bias=False) for name in "ab"}
     masks = mask_targets(linears, Mask)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from niwaki.compression.distill.answers import Kept, Remembered, RememberedTerm,
 from niwaki.compression.distill.distillation import Compared, Distillation, Lesson, Term
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import Said, Taught, Teacher
+from niwaki.model.teacher import Said, Taught, Teacher, the_one
 from niwaki.stage import Context, Effects, Stage
 
 
@@ -32,8 +33,9 @@ class Logits(Compared):
     `top_k`: of the classes that the teacher finds likeliest, and all others as one. `cache`: what the teacher says of
     the training rows is computed once, kept on disk and used again, by later runs too. The task's own loss is weighed
     by `task_weight` at the root of the config (0 learns from the teacher alone).
-    `also`: more teachers; p is then the mean of their softened distributions, each weighed by its share of
-    `teacher_weights` (its own teacher's first; null: all alike).
+    `more_teachers` beside `teacher`: p is then the mean of their softened distributions, each weighed by its share of
+    `teacher_weights` (that of `teacher` first; null: all alike). They are hub names, folders or artifacts with the same
+    labels and vocabulary, run in the same `precision`, and teach this term alone.
     """
 
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
@@ -44,7 +46,7 @@ class Logits(Compared):
     alpha: float | None = None
     top_k: int | None = None
     cache: bool = False
-    also: Sequence[str] | None = None
+    more_teachers: Sequence[str] | None = None
     teacher_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
@@ -57,24 +59,29 @@ class Logits(Compared):
         self.check_teachers()
 
     def check_teachers(self) -> None:
-        """Raise ConfigError for a set of teachers that is none, or weights that do not fit it."""
-        also, weights = list(self.also or ()), self.teacher_weights
-        places = [self.teacher, *also]
-        twice = [place for number, place in enumerate(places) if place in places[:number]]
-        if twice:
-            raise ConfigError(f"{self.title}.also={also}: {twice[0]!r} stands twice; once is enough")
-        if "auto" in also:
-            raise ConfigError(f"{self.title}.also={also}: auto is for {self.title}.teacher")
-        if also and self.cache:
-            raise ConfigError(f"{self.title}.cache=true and also: what is kept is of one teacher; leave one out")
+        """Raise ConfigError for more teachers that are none, or weights that do not fit them."""
+        more, weights, field = self.more_teachers, self.teacher_weights, f"{self.title}.more_teachers"
+        if isinstance(more, str) or (more is not None and not all(more)) or more == []:
+            raise ConfigError(f"{field}={more!r}: needs null or a list of hub names, folders or artifacts, such as [a]")
+        places = [self.teacher, *(more or ())]
+        if "auto" in (more or ()):
+            raise ConfigError(f"{field}={list(more or ())}: auto is for {self.title}.teacher")
+        if more and self.cache:
+            raise ConfigError(f"{self.title}.cache=true and {field}: what is kept is of one teacher; leave one out")
         if weights is not None and not (len(weights) == len(places) > 1 and min(weights) > 0):
             raise ConfigError(
                 f"{self.title}.teacher_weights={list(weights)}: needs a number above 0 for each of several teachers, "
-                f"teacher and also, here {len(places)}; or null"
+                f"teacher and more_teachers, here {len(places)}; or null"
             )
 
+    def twice(self, others: Sequence[Stage]) -> str | None:
+        """Say so where a teacher would count twice in the mean."""
+        places = [os.path.normpath(place) for place in (self.teacher or the_one(others), *(self.more_teachers or ()))]
+        again = [place for number, place in enumerate(places) if place in places[:number]]
+        return f"{self.title}.more_teachers: {again[0]!r} stands twice; once is enough" if again else None
+
     def teachers(self) -> dict[str, str]:
-        more = {f"{self.title}.also[{number}]": place for number, place in enumerate(self.also or ())}
+        more = {f"{self.title}.more_teachers[{number}]": place for number, place in enumerate(self.more_teachers or ())}
         return super().teachers() | more
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
@@ -84,7 +91,7 @@ class Logits(Compared):
                 f"{self.title}.cache=true and {taught[0].name}: the teacher runs for the other term anyway; leave it "
                 "false"
             )
-        return super().conflict(others)
+        return super().conflict(others) or (self.twice(others) if self.more_teachers else None)
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         classes = classes_of(anatomy)
@@ -94,9 +101,11 @@ class Logits(Compared):
             )
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        if self.also:
+        if self.more_teachers:
             teachers = [context.load_teacher(self.teacher, f"{self.title}.teacher")]
-            teachers += [context.load_teacher(p, f"{self.title}.also[{n}]") for n, p in enumerate(self.also)]
+            teachers += [
+                context.load_teacher(p, f"{self.title}.more_teachers[{n}]") for n, p in enumerate(self.more_teachers)
+            ]
             compare_all = partial(self.compare_all, context=context)
             return Effects(terms={self.name: Term(Council(teachers), compare_all, self.weight)})
         if not self.cache:
@@ -123,11 +132,13 @@ class Logits(Compared):
         return Lesson(compare)
 
     def compare_all(
-        self, student: Said, teachers: Sequence[Said], batch: Mapping[str, Tensor], context: Context
+        self, student: Said, teachers: Iterator[Said], batch: Mapping[str, Tensor], context: Context
     ) -> Tensor:
         """The same divergence from the mean of what several teachers say."""
-        ours, *theirs = (context.predictions(said.outputs, batch) for said in (student, *teachers))
-        mean = mean_logits(theirs, self.teacher_weights or [1.0] * len(theirs), self.temperature)
+        ours = context.predictions(student.outputs, batch)
+        theirs = (context.predictions(said.outputs, batch)[..., : ours.shape[-1]] for said in teachers)
+        weights = self.teacher_weights or [1.0] * (1 + len(self.more_teachers or ()))
+        mean = mean_logits(theirs, weights, self.temperature)
         return softened_divergence(ours, mean, self.temperature, self.measure(), self.top_k)
 
     def measure(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -141,19 +152,23 @@ class Council:
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.members = tuple(teachers)
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> list[Said]:
-        return [member(batch) for member in self.members]
+    def __call__(self, batch: Mapping[str, Tensor]) -> Iterator[Said]:
+        """What each says, one after another, so that no more than one of them is held."""
+        return (member(batch) for member in self.members)
 
 
-def mean_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+def mean_logits(logits: Iterable[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
     """Logits (n, classes) whose softened distribution is the weighted mean of the softened distributions of several;
     over the classes that all of them have."""
-    classes, total = min(one.shape[-1] for one in logits), sum(weights)
-    logs = [
-        functional.log_softmax(one[..., :classes].float() / temperature, dim=-1) + math.log(weight / total)
-        for one, weight in zip(logits, weights, strict=True)
-    ]
-    return temperature * torch.logsumexp(torch.stack(logs), dim=0)
+    mean: Tensor | None = None
+    for one, weight in zip(logits, weights, strict=True):
+        classes = min(one.shape[-1], one.shape[-1] if mean is None else mean.shape[-1])
+        logs = functional.log_softmax(one[..., :classes].float() / temperature, dim=-1) + math.log(
+            weight / sum(weights)
+        )
+        mean = logs if mean is None else torch.logaddexp(mean[..., :classes], logs)
+    assert mean is not None
+    return temperature * mean
 
 
 def classes_of(anatomy: Anatomy) -> int:

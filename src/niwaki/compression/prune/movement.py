@@ -70,7 +70,7 @@ def learned_in_a_fit(field: str) -> str:
     return f"{field}: its scores are learned, which needs a fit; use another score with trainer.max_epochs=0"
 
 
-FACTORS = {"magnitude": 1.0, "zero": 200.0}  # of the scores' rate, where none is set
+FACTORS = {"magnitude": 10.0, "zero": 200.0}  # of the scores' rate, where none is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,12 @@ class Movement(Pruning):
     S = S_0 - lr * sum(W * dL/dW'): what moves away from zero stays. The highest of each linear, of each row, or of all
     linears together are kept, drawn anew every `interval` optimizer steps to the end of the fit.
 
-    `start=zero` is the paper's S_0 = 0, of which only the order counts (a factor matters only where an optimizer scales
-    its step by the size of what it moves, as Adafactor does). It takes the paper's tens of thousands of steps: when a
-    short fit drops one weight in a hundred at each step, they all lie along the gradient so far, and the model falls
-    apart (BERT of 6 layers, SST-2, 1,300 steps, half of the weights: chance). `start=magnitude`, S_0 = |W|, drops small
-    weights first and lets movement put that right, the sooner the larger `lr_factor`, the learning rate of the scores
-    over that of the rest. The scores have no weight decay.
+    `start=zero` is the paper's S_0 = 0, of which only the order counts (`lr_factor` matters only where an optimizer
+    scales its step by the size of what it moves, as Adafactor does). It takes the paper's tens of thousands of steps:
+    what a short fit drops lies all along the gradient of a few batches, and the model falls apart.
+    `start=magnitude`, S_0 = |W|, drops small weights first and lets movement put that right, the sooner the larger
+    `lr_factor`, the learning rate of the scores over that of the rest. Near 1 that is magnitude pruning: Adam moves S
+    about as far as |W|. The scores have no weight decay. experiments/pruning has the numbers.
 
     The share that is left falls on the cubic schedule: all until `begin`, 1 - sparsity from `end` (both fractions of
     the fit).

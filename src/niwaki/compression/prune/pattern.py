@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -124,25 +123,11 @@ class Selection:
         wanted = {mask: self.sparsity[mask] * progress for mask in scores}
         if self.scope == "global":
             drawn = self._together(scores, next(iter(wanted.values())))
-        elif self.scope == "row" or self.pattern.group:
+        else:
             by_row = self.scope == "row"
             drawn = {mask: self.pattern.draw(s, wanted[mask], by_row=by_row) for mask, s in scores.items()}
-        else:
-            drawn = self._each(scores, wanted)
         for mask, kept in drawn.items():
             mask.take(kept)
-
-    def _each(self, scores: Mapping[Mask, Tensor], wanted: Mapping[Mask, float]) -> dict[Mask, Tensor]:
-        """As `Pattern.draw` of each, those of one shape and sparsity in one go, which is faster on a GPU."""
-        alike: dict[tuple[torch.Size, float], list[Mask]] = defaultdict(list)
-        for mask, matrix in scores.items():
-            alike[matrix.shape, wanted[mask]].append(mask)
-        drawn: dict[Mask, Tensor] = {}
-        for (_, sparsity), masks in alike.items():
-            pooled = torch.stack([self.pattern.pool(scores[mask]) for mask in masks])
-            kept = keep_largest(pooled.flatten(1), round(sparsity * pooled[0].numel())).view(pooled.shape)
-            drawn |= {mask: self.pattern.spread(one) for mask, one in zip(masks, kept, strict=True)}
-        return drawn
 
     def _together(self, scores: Mapping[Mask, Tensor], sparsity: float) -> dict[Mask, Tensor]:
         pooled = {mask: self.pattern.pool(s) for mask, s in scores.items()}
