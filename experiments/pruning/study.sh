@@ -5,10 +5,11 @@
 #   experiments/pruning/study.sh dense SST2                the dense model that the others learn from and start from
 #   experiments/pruning/study.sh movement SST2             magnitude, movement and soft movement, with distillation
 #   experiments/pruning/study.sh structured SST2           heads and neurons to 50% and 25%, with distillation
+#   experiments/pruning/study.sh speed SST2                the same shapes and the dense model, timed in turns
 #   experiments/pruning/study.sh codebook SST2             90% zeros and a 4-bit codebook
 #   experiments/pruning/study.sh vocabulary SST2           only the tokens that the data uses
 #
-# SST2 is a folder with train, validation and test.jsonl. `structured` times the models: let nothing else run beside it.
+# SST2 is a folder with train, validation and test.jsonl. `speed` times the models: let nothing else run beside it.
 set -euo pipefail
 what=${1:-} data=${*: -1}
 [ ! -d "$data" ] || data=$(realpath "$data")
@@ -62,7 +63,14 @@ case $what in
   structured)
     for ratio in 0.5 0.75; do
       from_dense "pruning-structured-$ratio" prune/heads,prune/neurons compression.heads.ratio=$ratio \
-        compression.neurons.ratio=$ratio compression.heads.importance=taylor compression.neurons.importance=taylor seed=0
+        compression.neurons.ratio=$ratio compression.heads.importance=taylor compression.neurons.importance=taylor seed=0 \
+        measure=scores
+    done
+    ;;
+  speed)
+    for ratio in 0.5 0.75; do
+      sst2 "pruning-speed-$ratio" model=pretrained model.name=$dense 'compression=[prune/heads,prune/neurons]' \
+        compression.heads.ratio=$ratio compression.neurons.ratio=$ratio trainer.max_epochs=0 seed=0
     done
     ;;
   codebook)
@@ -85,7 +93,7 @@ case $what in
     done
     ;;
   *)
-    echo "$what: needs oneshot, dense, movement, structured, codebook or vocabulary" >&2
+    echo "$what: needs oneshot, dense, movement, structured, speed, codebook or vocabulary" >&2
     exit 2
     ;;
 esac
