@@ -110,6 +110,10 @@ class Teacher:
             self._batch = self._said = None
         return said
 
+    def let_go(self) -> None:
+        """Drop the model, since nothing will ask again."""
+        del self.model, self.anatomy
+
     def fingerprint(self) -> str:
         """sha256 of all that it computes with."""
         from niwaki.tuning.beside import fingerprint

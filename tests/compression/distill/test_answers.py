@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,10 @@ def sides(setting: Callable[..., Any], family: str, task: str, **fields: Any) ->
     one, other = setting(family, task), setting(family, task, seed=1)
     for parameter in other.model.parameters():
         parameter.data *= 3
-    teacher = Teacher(other.model)
+    teacher = Teacher(other.model)  # with a cache
     terms = {}
-    for kept in (False, True):
-        context = one.context(load_teacher=lambda *_: teacher)
+    for kept, side in ((False, Teacher(other.model)), (True, teacher)):
+        context = one.context(load_teacher=lambda *_, side=side: side)
         stage = Logits(**({"teacher": "there", "temperature": 3.0, "weight": 0.7, "cache": kept} | fields))
         terms[kept] = stage.prepare(one.model, context).terms["distill/logits"]
     return one, teacher, terms
@@ -78,6 +80,15 @@ def test_the_teacher_runs_once_for_each_row_and_not_at_all_the_next_time(setting
         for _ in range(3):
             terms[True](one.model(**one.task.inputs(batch)), batch)
         assert len(calls) == expected
+
+
+def test_the_model_of_the_teacher_is_let_go_once_all_is_known(setting: Callable[..., Any]) -> None:
+    one, teacher, terms = sides(setting, "bert", "classification")
+    model, batch = weakref.ref(teacher.model), one.numbered()
+    del terms[False]
+    terms[True](one.model(**one.task.inputs(batch)), batch)
+    gc.collect()
+    assert model() is None
 
 
 def test_what_changes_an_answer_is_another_file(setting: Callable[..., Any], cache: Path) -> None:

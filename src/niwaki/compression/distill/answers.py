@@ -104,7 +104,9 @@ class Remembered:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Targets:
         if self._answers is None:
+            assert self._teacher is not None
             self._answers = self._open(batch["input_ids"].device)
+            self._teacher.let_go()
             self._teacher = None
         return self._answers.of(batch["row"])
 
