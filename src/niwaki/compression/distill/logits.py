@@ -102,10 +102,8 @@ class Logits(Compared):
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         if self.more_teachers:
-            teachers = [context.load_teacher(self.teacher, f"{self.title}.teacher")]
-            teachers += [
-                context.load_teacher(p, f"{self.title}.more_teachers[{n}]") for n, p in enumerate(self.more_teachers)
-            ]
+            named = {f"{self.title}.teacher": self.teacher, **self.teachers()}
+            teachers = [context.load_teacher(place, field) for field, place in named.items()]
             compare_all = partial(self.compare_all, context=context)
             return Effects(terms={self.name: Term(Council(teachers), compare_all, self.weight)})
         if not self.cache:
@@ -147,7 +145,7 @@ class Logits(Compared):
 
 
 class Council:
-    """Several teachers that are asked at once."""
+    """Several teachers of one term."""
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.members = tuple(teachers)
@@ -162,10 +160,9 @@ def mean_logits(logits: Iterable[Tensor], weights: Sequence[float], temperature:
     over the classes that all of them have."""
     mean: Tensor | None = None
     for one, weight in zip(logits, weights, strict=True):
-        classes = min(one.shape[-1], one.shape[-1] if mean is None else mean.shape[-1])
-        logs = functional.log_softmax(one[..., :classes].float() / temperature, dim=-1) + math.log(
-            weight / sum(weights)
-        )
+        classes = one.shape[-1] if mean is None else min(one.shape[-1], mean.shape[-1])
+        logs = functional.log_softmax(one[..., :classes].float() / temperature, dim=-1)
+        logs = logs + math.log(weight / sum(weights))
         mean = logs if mean is None else torch.logaddexp(mean[..., :classes], logs)
     assert mean is not None
     return temperature * mean
