@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from niwaki.compression.prune.mask import mask_targets
+from niwaki.compression.prune.mask import MaskSchedule, mask_targets
 from niwaki.compression.prune.movement import Movement, ScoredMask
 from niwaki.errors import ConfigError
 from niwaki.module import Learner
@@ -151,7 +151,9 @@ def test_from_magnitude_the_smallest_go_first(setting: Callable[..., Any]) -> No
     weights = {name: linear.weight.detach().clone() for name, linear in context.targets.items()}
     effects = Movement(sparsity=0.75, begin=0.0, end=0.1).prepare(one.model, context)
     assert set(effects.lr_factors.values()) == {10.0}
-    effects.callbacks[0].draw(1)  # type: ignore[attr-defined]
+    (schedule,) = effects.callbacks
+    assert isinstance(schedule, MaskSchedule)
+    schedule.draw(1)
     for name, linear in context.targets.items():
         threshold = weights[name].abs().flatten().sort().values[round(0.75 * weights[name].numel())]
         assert torch.equal(links(linear)[0].mask, weights[name].abs() >= threshold)
