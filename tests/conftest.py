@@ -25,6 +25,7 @@ from niwaki.stage import Context, Effects  # noqa: E402
 from niwaki.task.causal_lm import CausalLM  # noqa: E402
 from niwaki.task.classification import Classification  # noqa: E402
 from niwaki.task.ner import NER  # noqa: E402
+from niwaki.task.translation import Translation  # noqa: E402
 
 TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
     "classification": (
@@ -44,6 +45,10 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
         },
     ),
     "causal_lm": (CausalLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
+    "translation": (
+        Translation(max_length=32, max_target_length=16), (),
+        {"source": ["one", "twenty two", "three hundred"], "target": ["1", "22", "300"]},
+    ),
 }  # fmt: skip
 
 
@@ -93,6 +98,7 @@ class Setting:
             training_key=lambda: repr(self.rows), read_by=lambda _: lambda numbers: self.batch(),
             inputs=self.task.inputs,
             loss=lambda model, batch: self.task.loss(model(**self.task.inputs(batch)), batch),
+            write=self.task.write, retold=self.task.retold,
         )  # fmt: skip
 
     def logits(self, model: Any = None) -> torch.Tensor:

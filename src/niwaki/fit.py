@@ -20,7 +20,7 @@ from niwaki.measure.size import peak_memory_mb
 from niwaki.module import DivergedError, Learner
 from niwaki.quiet import quiet_loggers
 from niwaki.recipe import Recipe
-from niwaki.stage import Context, Effects, Term
+from niwaki.stage import Context, Effects, Retell, Term
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Work:
     settled: int = 0  # first optimizer step at which the model has its final form
     lr_factors: dict[str, float] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)  # that learn beside the model
+    retells: list[Retell] = field(default_factory=list)  # what is done to each training batch before it is read
 
     def add(self, effects: Effects) -> None:
         """Take in what a prepared stage adds."""
@@ -45,6 +46,7 @@ class Work:
         self.settled = max(self.settled, effects.settled)
         self.lr_factors |= effects.lr_factors
         self.modules |= effects.modules
+        self.retells += effects.retells
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
     quiet_loggers()
     checkpoints, model = folder / "checkpoints", work.model
     learner = Learner(
-        model, task=recipe.task, labels=corpus.labels, optimizer=recipe.optimizer, schedule=recipe.schedule,
-        steps=work.context.steps, terms=work.terms, task_weight=recipe.task_weight,
-        lr_factors=work.lr_factors, modules=work.modules,
+        model, task=recipe.task, labels=corpus.labels, tokenizer=corpus.tokenizer, optimizer=recipe.optimizer,
+        schedule=recipe.schedule, steps=work.context.steps, terms=work.terms, task_weight=recipe.task_weight,
+        lr_factors=work.lr_factors, modules=work.modules, retells=work.retells,
     )  # fmt: skip
     logger = recipe.logger.build(folder, config)
     clock = Clock()

@@ -67,7 +67,7 @@ def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float
     check_labels(rows, saved.labels, str(source.train))
     features = Dataset.from_dict(saved.task.encode(rows[:], saved.tokenizer, saved.labels))
     corpus = Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0)
-    found = evaluate(saved.model, corpus.evaluation("test"), saved.task, saved.labels)
+    found = evaluate(saved.model, corpus.evaluation("test"), saved.task, saved.labels, saved.tokenizer)
     return {"rows": len(rows), **found.compute()}, found.report()
 
 

@@ -15,7 +15,7 @@ from niwaki.average import Average
 from niwaki.errors import UserError
 from niwaki.optimizer import OptimizerSettings
 from niwaki.schedule import Schedule
-from niwaki.stage import Term
+from niwaki.stage import Retell, Term
 from niwaki.task.task import Task
 
 
@@ -53,24 +53,29 @@ class Learner(pl.LightningModule):
     def __init__(
         self, model: nn.Module, *, task: Task, labels: Sequence[str], optimizer: OptimizerSettings,
         schedule: Schedule, steps: int, terms: Mapping[str, Term], task_weight: float,
-        lr_factors: Mapping[str, float] | None = None, modules: Mapping[str, nn.Module] | None = None,
+        tokenizer: Any = None, lr_factors: Mapping[str, float] | None = None,
+        modules: Mapping[str, nn.Module] | None = None, retells: Sequence[Retell] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.beside = nn.ModuleDict(dict(modules or {}))  # learns with the model, is in checkpoints, never in the model
         self.task = task
         self.labels = labels
+        self.tokenizer = tokenizer
         self.optimizer_settings = optimizer
         self.schedule = schedule
         self.steps = steps
         self.terms = terms  # plain callables: a teacher is no child, so no checkpoint holds it
         self.task_weight = task_weight
+        self.retells = list(retells)
         self.lr_factors = dict(lr_factors or {})
         self.average: Average | None = None  # of the weights along the fit; set by the callback that keeps it
         self._finite = Finite()
         self._stored_randomness: dict[str, Any] | None = None
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Tensor], index: int) -> Tensor:
+        for retell in self.retells:
+            batch = retell(batch)
         outputs = self.model(**self.task.inputs(batch))
         own = self.task.loss(outputs, batch, smoothing=self.task.label_smoothing)
         parts = {name: term(outputs, batch) for name, term in self.terms.items()}
@@ -82,10 +87,10 @@ class Learner(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._scores = self.task.scores(self.labels)
+        self._scores = self.task.scores(self.labels, self.tokenizer)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        self._scores.update(self.model(**self.task.inputs(batch)), batch)
+        self.task.score(self._scores, self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._scores.compute().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,9 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         inputs=recipe.task.inputs,
         tokens=corpus.tokens,
         loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),
+        write=recipe.task.write,
+        retold=recipe.task.retold,
+        task_settings=asdict(recipe.task),
     )
 
 

@@ -71,7 +71,7 @@ class Recipe:
         if self.task_weight < 0:
             raise ConfigError(f"task_weight={self.task_weight}: needs a number of at least 0")
         self.refuse_conflicts()
-        if self.task_weight == 0 and not any(s.phase is Phase.OBJECTIVE for s in self.compression.values()):
+        if self.task_weight == 0 and not any(s.phase is Phase.OBJECTIVE and s.adds_term for s in self.stages):
             raise ConfigError("task_weight=0: nothing is left to learn from; add compression=[distill/logits]")
 
     @property

@@ -26,6 +26,10 @@ Term = Callable[[Any, Mapping[str, "Tensor"]], "Tensor"]
 """A loss term: (student outputs, batch) -> scalar."""
 
 
+Retell = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
+"""A batch -> the batch that is learned from in its place."""
+
+
 class Phase(enum.IntEnum):
     """When a method acts. The order of a user's list never matters; this one does."""
 
@@ -69,10 +73,13 @@ class Context:
     ]  # training rows by number, as a model's tokenizer reads
     inputs: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # what of a batch the model's forward takes
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # the task's own, of a model on a batch: a scalar
+    write: Callable[..., Tensor]  # (model, batch, num_beams=) -> the tokens that it writes in answer, as Task.write
+    retold: Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # a batch with such tokens as its own answers
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
     epoch: int = 0  # optimizer steps of one epoch
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
     kept: dict[str, Tensor] = field(default_factory=dict)  # parameters as they were before the fit, where one asked
+    task_settings: Mapping[str, Any] = field(default_factory=dict)
     tokens: Sequence[int] = ()  # those that stay, where some go: by their numbers in the model as it was loaded
 
     @property
@@ -92,6 +99,7 @@ class Effects:
     lr_factors: dict[str, float] = field(default_factory=dict)  # of the learning rate, by the name of a parameter
     edits: list[Edit] = field(default_factory=list)  # what was done to the structure, below what comes after it
     modules: dict[str, nn.Module] = field(default_factory=dict)  # that learn beside the model, and end with the fit
+    retells: list[Retell] = field(default_factory=list)  # what is done to each training batch before it is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +114,7 @@ class Stage(abc.ABC):
     during_fit: ClassVar[bool] = True
     leaves_out_blocks: ClassVar[bool] = False  # as model.layers does
     turn: ClassVar[int] = 0  # in its phase: 0 blocks and what flows between them, 1 units inside of them, 2 linears
+    adds_term: ClassVar[bool] = True  # to the loss, in the objective phase; else the task's own loss learns from it
     leaves_out_units: ClassVar[bool] = False  # heads, neurons: rows and columns of linears
     paper: ClassVar[str]
 

@@ -21,8 +21,9 @@ from niwaki.model.tiny import FAMILIES, Tiny
 from niwaki.task.causal_lm import CausalLM
 from niwaki.task.classification import Classification
 from niwaki.task.ner import NER
+from niwaki.task.translation import Translation
 
-TASKS = {"classification": Classification(), "ner": NER(), "causal_lm": CausalLM()}
+TASKS = {"classification": Classification(), "ner": NER(), "causal_lm": CausalLM(), "translation": Translation()}
 HEADS = [
     (family, name)
     for family in FAMILIES
@@ -45,6 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "classification": [{"text": text, "label": "abc"[i % 3]} for i, text in enumerate(texts)],
         "ner": [{"tokens": text.split(), "tags": ["O", "B-COLOUR", "O", "O"]} for text in texts],
         "causal_lm": [{"text": text} for text in texts],
+        "translation": [{"source": text, "target": text[::-1]} for text in texts],
     }
     for task, found in rows.items():
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))

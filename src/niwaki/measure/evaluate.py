@@ -11,15 +11,17 @@ from torch import Tensor
 from niwaki.task.task import Scores, Task
 
 
-def evaluate(model: Any, batches: Iterable[dict[str, Tensor]], task: Task, labels: Sequence[str]) -> Scores:
+def evaluate(
+    model: Any, batches: Iterable[dict[str, Tensor]], task: Task, labels: Sequence[str], tokenizer: Any
+) -> Scores:
     """One pass over `batches`, in eval mode, without autocast."""
     device = next(model.parameters()).device
-    scores = task.scores(labels)
+    scores = task.scores(labels, tokenizer)
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            scores.update(model(**task.inputs(moved)), moved)
+            task.score(scores, model, moved)
     return scores
 
 

@@ -46,7 +46,7 @@ class Probe:
     def scorer(self) -> Callable[[], float]:
         """The task's metric of the model as it is at the time of the call."""
         saved, batches = self.saved, list(self.corpus.evaluation("test"))
-        return lambda: evaluate(saved.model, batches, saved.task, saved.labels).compute()[self.metric]
+        return lambda: evaluate(saved.model, batches, saved.task, saved.labels, saved.tokenizer).compute()[self.metric]
 
 
 def sensitivity_command(

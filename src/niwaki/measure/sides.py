@@ -32,7 +32,7 @@ def before(recipe: Recipe, corpus: Corpus, model: Any, folder: Path) -> Side | N
     if not recipe.measure.before:
         return None
     model.to(recipe.trainer.device)
-    scores = evaluate(model, corpus.evaluation("test"), recipe.task, corpus.labels).compute()
+    scores = evaluate(model, corpus.evaluation("test"), recipe.task, corpus.labels, corpus.tokenizer).compute()
     model.to("cpu")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / artifact.WEIGHTS
@@ -49,8 +49,8 @@ def compare(
     saved = artifact.load(folder / "model")
     parity = largest_difference(model.eval().cpu(), saved.model, corpus.samples("test", 8, 4), recipe.task)
     reloaded = saved.model.to(device)
-    scores = evaluate(reloaded, corpus.evaluation("test"), recipe.task, corpus.labels)
-    validation = evaluate(reloaded, corpus.evaluation("validation"), recipe.task, corpus.labels)
+    scores = evaluate(reloaded, corpus.evaluation("test"), recipe.task, corpus.labels, corpus.tokenizer)
+    validation = evaluate(reloaded, corpus.evaluation("validation"), recipe.task, corpus.labels, corpus.tokenizer)
     after = {"test": scores.compute(), **count(saved.model), "bytes": artifact.weight_bytes(saved.folder)}
     models = {"after": reloaded}
     if side_before is not None:

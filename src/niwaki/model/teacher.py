@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -111,8 +111,10 @@ class Teacher:
         return said
 
     def let_go(self) -> None:
-        """Drop the model, since nothing will ask again."""
-        del self.model, self.anatomy
+        """One term fewer will ask; the model is dropped with the last."""
+        self.terms -= 1
+        if self.terms <= 0:
+            del self.model, self.anatomy
 
     def fingerprint(self) -> str:
         """sha256 of all that it computes with."""
@@ -120,19 +122,25 @@ class Teacher:
 
         return fingerprint(self.model.state_dict(), ())
 
+    @contextmanager
+    def asked(self, device: torch.device) -> Iterator[Any]:
+        """The model on this device, in its precision, without gradients."""
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+        as_it_is = torch.autocast(device.type, enabled=False) if self.precision != "fp32" else nullcontext()
+        # Not inference mode, whose tensors no later gradient may pass by.
+        with torch.no_grad(), as_it_is:
+            yield self.model
+
     def say(self, batch: Mapping[str, Tensor]) -> Said:
         """One forward pass over a batch, or over the same rows in tokens of its own."""
         device = batch["input_ids"].device
         if self.reader is not None:
             batch = {name: tensor.to(device) for name, tensor in self.reader(batch["row"].cpu()).items()}
-        if next(self.model.parameters()).device != device:
-            self.model.to(device)
-        names = ["input_ids", "attention_mask", *(["token_type_ids"] if has_segments(self.model.config) else [])]
-        inputs = {name: batch[name] for name in names if name in batch}
-        as_it_is = torch.autocast(device.type, enabled=False) if self.precision != "fp32" else nullcontext()
-        # Not inference mode, whose tensors no later gradient may pass by.
-        with torch.no_grad(), as_it_is:
-            outputs = self.model(**inputs)
+        names = ["input_ids", "attention_mask", "decoder_input_ids"]
+        names += ["token_type_ids"] if has_segments(self.model.config) else []
+        with self.asked(device) as model:
+            outputs = model(**{name: batch[name] for name in names if name in batch})
         seen = None
         if self._recorder is not None:
             seen, self._recorder.seen = self._recorder.seen, None

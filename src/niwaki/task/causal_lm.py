@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, until_end
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -97,7 +98,47 @@ class CausalLM(Task):
         logits, targets = aligned(outputs, batch)
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, label_smoothing=smoothing)
 
-    def scores(self, labels: Sequence[str]) -> Scores:
+    def write(self, model: Any, batch: Batch, *, num_beams: int) -> Tensor:
+        """The blocks without their last `max_new_tokens` are gone on with, half of a block at least is read; one that
+        is too short is left as it is."""
+        start, new = self._start, self.max_length - self._start
+        long = batch["attention_mask"].sum(1) > start
+        written = batch["input_ids"].new_full((len(long), new), IGNORED)
+        if long.any():
+            starts = batch["input_ids"][long, :start]
+            whole = model.generate(
+                input_ids=starts, attention_mask=torch.ones_like(starts), num_beams=num_beams, do_sample=False,
+                max_new_tokens=new,
+            )  # fmt: skip
+            found = until_end(whole[:, start:], model)
+            written[long] = functional.pad(found, (0, new - found.shape[1]), value=IGNORED)
+        return written
+
+    def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:
+        ids, start, told = batch["input_ids"], self._start, written != IGNORED
+        long = told.any(1)[:, None]
+        width = max(ids.shape[1], start + written.shape[1])
+        own = {name: functional.pad(batch[name], (0, width - ids.shape[1])) for name in ("input_ids", "attention_mask")}
+        new = functional.pad(told, (start, width - start - written.shape[1]))
+        place = functional.pad(written.where(told, 0), (start, width - start - written.shape[1]))
+        before = torch.arange(width, device=ids.device) < start
+        return {
+            **batch,
+            "input_ids": torch.where(long & ~before, place, own["input_ids"]),
+            "attention_mask": torch.where(long, (before | new).long(), own["attention_mask"]),
+            "labels": torch.where(
+                long,
+                place.where(new, IGNORED),
+                functional.pad(batch["labels"], (0, width - ids.shape[1]), value=IGNORED),
+            ),
+        }
+
+    @property
+    def _start(self) -> int:
+        """The tokens of a block that are read before some are written."""
+        return max(self.max_length - self.max_new_tokens, self.max_length // 2)
+
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
         return TokenScores()
 
     def answers(

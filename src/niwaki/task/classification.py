@@ -46,7 +46,7 @@ class Classification(Task):
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return outputs.logits, batch["labels"]
 
-    def scores(self, labels: Sequence[str]) -> Scores:
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
         return ClassScores(len(labels))
 
     def answers(

@@ -60,7 +60,7 @@ class NER(Task):
         keep = batch["labels"] != IGNORED
         return outputs.logits[keep], batch["labels"][keep]
 
-    def scores(self, labels: Sequence[str]) -> Scores:
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
         return TagScores(labels)
 
     def answers(

@@ -111,9 +111,22 @@ class Task(abc.ABC):
         """Logits (positions, classes) of the positions that count."""
         return self.counted(outputs, batch)[0]
 
+    def write(self, model: Any, batch: Batch, *, num_beams: int) -> Tensor:
+        """What a model writes in answer to a batch, in place of its labels: tokens (rows, tokens), IGNORED where there
+        are none. Only tasks that write texts do."""
+        raise NotImplementedError(f"{self.name} writes nothing")
+
+    def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:
+        """The batch with what `write` gave in place of its own answers."""
+        raise NotImplementedError(f"{self.name} writes nothing")
+
     @abc.abstractmethod
-    def scores(self, labels: Sequence[str]) -> Scores:
-        """A fresh gatherer of this task's metrics."""
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
+        """A fresh gatherer of this task's metrics; `tokenizer` for those that read what was written."""
+
+    def score(self, scores: Scores, model: Any, batch: Batch) -> None:
+        """Let a model do a batch, and gather how well it did."""
+        scores.update(model(**self.inputs(batch)), batch)
 
     @abc.abstractmethod
     def answers(
@@ -135,6 +148,15 @@ def pad(features: list[dict[str, Any]], tokenizer: Any, *, labels: bool = False)
         for name, value in fill.items()
         if name in features[0]
     }
+
+
+def until_end(written: Tensor, model: Any) -> Tensor:
+    """Tokens (rows, tokens) that a model wrote, IGNORED behind the first of each row that ends a text."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if settings.eos_token_id is not None else model.config.eos_token_id
+    known = torch.tensor([] if ends is None else ends, dtype=written.dtype, device=written.device).flatten()
+    ended = torch.isin(written, known).long()
+    return written.masked_fill(ended.cumsum(1) > ended, IGNORED)
 
 
 def batched(rows: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:

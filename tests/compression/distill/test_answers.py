@@ -15,10 +15,11 @@ import pytest
 import torch
 from lifecycle import begin, recipe_of, write_rows, write_teachers
 
-from niwaki.compression.distill import answers
-from niwaki.compression.distill.answers import Kept, remove_oldest, spans
+from niwaki.compression.distill import remembered
+from niwaki.compression.distill.answers import Kept
 from niwaki.compression.distill.hidden import Hidden
 from niwaki.compression.distill.logits import Logits, softened_divergence
+from niwaki.compression.distill.remembered import remove_oldest, spans
 from niwaki.errors import ConfigError
 from niwaki.fit import fit
 from niwaki.model.teacher import Teacher
@@ -130,9 +131,9 @@ def test_all_logits_serve_any_temperature_and_the_likeliest_one() -> None:
 
 
 def test_the_places_of_rows() -> None:
-    starts, counts = spans(np.array([2, 2, 2, 0, 3, 3]))
-    assert starts.tolist() == [3, 0, 0, 4]
-    assert counts.tolist() == [1, 0, 3, 2]
+    starts, counts = spans(np.array([2, 2, 2, 0, 3, 3]), 5)
+    assert starts.tolist() == [3, 0, 0, 4, 0]
+    assert counts.tolist() == [1, 0, 3, 2, 0]
 
 
 def test_two_that_want_the_same_answers_at_once_share_one_pass(setting: Callable[..., Any], cache: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_pass_that_breaks_off_leaves_nothing(
 
 
 def test_the_oldest_answers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "LARGEST", 25)
+    monkeypatch.setattr(remembered, "LARGEST", 25)
     for age, name in enumerate("dcba"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "values").write_bytes(b"0123456789")
@@ -185,7 +186,7 @@ def test_a_disk_without_room_is_refused(
     setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _, terms = sides(setting, "bert", "classification")
-    monkeypatch.setattr(answers, "SPARE", 2**60)
+    monkeypatch.setattr(remembered, "SPARE", 2**60)
     batch = one.numbered()
     with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers may need"):
         terms[True](one.model(**one.task.inputs(batch)), batch)

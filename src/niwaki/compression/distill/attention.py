@@ -54,10 +54,9 @@ class Attention(Representation):
         self.outlines(context, teacher)
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
-            text = text_of(batch)
             losses = [
-                squared_error(one.attentions[i], other.attentions[j], text)
-                for one, other in zip(student.flows, teacher.flows, strict=True)
+                squared_error(one.attentions[i], other.attentions[j], text_of(batch, stack))
+                for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True))
                 for i, j in self.pairs(one, other)
             ]
             return torch.stack(losses).mean()

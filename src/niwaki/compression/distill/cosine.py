@@ -34,6 +34,6 @@ class Cosine(Representation):
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
             alike = functional.cosine_similarity(mapped(student.last.float()), teacher.last.float(), dim=-1)
-            return mean_over(1 - alike, text_of(batch))
+            return mean_over(1 - alike, text_of(batch, -1))
 
         return Lesson(compare, learned({self.name: mapped}))

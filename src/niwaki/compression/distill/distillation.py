@@ -31,20 +31,15 @@ class Lesson:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Stage):
-    """A loss term between the student and a teacher: a hub name, a folder, or an artifact of this project, with a head
-    for the same task and labels. Terms add up, each with its `weight`; one that names no teacher has the one that
-    another names. A teacher that several share runs once for each batch, in one `precision` (null: fp32)."""
+    """What a student learns from a teacher: a hub name, a folder, or an artifact of this project, with a head for the
+    same task and labels. A method that names no teacher has the one that another names. A teacher that several share
+    runs once for each batch, in one `precision` (null: fp32)."""
 
     phase: ClassVar[Phase] = Phase.OBJECTIVE
     own_tokens: ClassVar[bool] = False
 
     teacher: str | None = None
     precision: Precision | None = None
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(f"{self.title}.weight={self.weight}: needs a number above 0")
 
     @property
     def title(self) -> str:
@@ -73,7 +68,18 @@ class Distillation(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared(Distillation):
+class Weighed(Distillation):
+    """A loss term between the student and a teacher. Terms add up, each with its `weight`."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"{self.title}.weight={self.weight}: needs a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared(Weighed):
     """A term that compares what student and teacher make of the same rows."""
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:

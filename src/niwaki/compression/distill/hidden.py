@@ -51,8 +51,9 @@ class Hidden(Representation):
             maps[f"{self.name}/states_{stack}"] = projection(one.states[-1], other.states[-1])
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
-            text, losses = text_of(batch)[..., None], []
+            losses = []
             for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True)):
+                text = text_of(batch, stack)[..., None]
                 places = [("states", i + 1, j + 1) for i, j in self.pairs(one, other)]
                 for kind, i, j in [*([("embeddings", 0, 0)] if self.embeddings else []), *places]:
                     mapped = maps[f"{self.name}/{kind}_{stack}"](one.states[i].float())

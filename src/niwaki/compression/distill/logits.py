@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.distill import divergence
-from niwaki.compression.distill.answers import Kept, Remembered, RememberedTerm, Targets
+from niwaki.compression.distill.answers import Kept, RememberedLogits, RememberedTerm, Targets
 from niwaki.compression.distill.distillation import Compared, Distillation, Lesson, Term
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
@@ -111,7 +111,7 @@ class Logits(Compared):
         teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
         classes = min(map(classes_of, (context.anatomy, teacher.anatomy)))
         kept = Kept(classes=classes, top_k=self.top_k, temperature=self.temperature if self.top_k else None)
-        answers = Remembered(teacher, context, kept, f"{self.title}.cache")
+        answers = RememberedLogits(teacher, context, kept, f"{self.title}.cache")
         compare = partial(self.compare_remembered, classes=classes)
         return Effects(terms={self.name: RememberedTerm(answers, context, compare, self.weight)})
 

@@ -77,9 +77,9 @@ class MiniLM(Representation):
         self.outlines(context, teacher)
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
-            text, losses = text_of(batch), []
-            for one, other in zip(student.flows, teacher.flows, strict=True):
-                heads = self.heads(other)
+            losses = []
+            for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True)):
+                heads, text = self.heads(other), text_of(batch, stack)
                 for relation in self.relations:
                     ours = log_relation(getattr(one.attentions[-1], relation), heads, text)
                     theirs = log_relation(getattr(other.attentions[self.block], relation), heads, text)

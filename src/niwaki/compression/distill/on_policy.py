@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from niwaki.compression.distill import divergence
-from niwaki.compression.distill.distillation import Distillation
+from niwaki.compression.distill.distillation import Weighed
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import unseen
@@ -22,7 +22,7 @@ from niwaki.stage import Context, Effects
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicy(Distillation):
+class OnPolicy(Weighed):
     """weight * D(p(. | y_<t), q(. | y_<t)), the mean over the positions t of texts y that the student q samples itself,
     with p the teacher; no gradient goes through the sampling, as in GKD.
 

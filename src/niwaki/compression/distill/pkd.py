@@ -63,7 +63,7 @@ class PatientDistillation(Representation):
             losses = []
             for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True)):
                 for i, j in self.pairs(one, other):
-                    mine, its = self._chosen(one.states[i + 1], other.states[j + 1], anatomies, batch)
+                    mine, its = self._chosen(one.states[i + 1], other.states[j + 1], anatomies, batch, stack)
                     mapped = maps[f"{self.name}/states_{stack}"](mine)
                     distance = functional.normalize(mapped, dim=-1) - functional.normalize(its, dim=-1)
                     losses.append((distance**2).sum(-1).mean())
@@ -72,10 +72,15 @@ class PatientDistillation(Representation):
         return Lesson(compare, learned(maps))
 
     def _chosen(
-        self, student: Tensor, teacher: Tensor, anatomies: tuple[Anatomy, Anatomy], batch: Mapping[str, Tensor]
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        anatomies: tuple[Anatomy, Anatomy],
+        batch: Mapping[str, Tensor],
+        stack: int,
     ) -> tuple[Tensor, Tensor]:
         """The states that are compared, (count, width) of each."""
         if self.positions == "all":
-            text = text_of(batch)
+            text = text_of(batch, stack)
             return student[text].float(), teacher[text].float()
-        return summary(student, anatomies[0], batch), summary(teacher, anatomies[1], batch)
+        return summary(student, anatomies[0], batch, stack), summary(teacher, anatomies[1], batch, stack)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from niwaki.model.anatomy import Anatomy
 
 
-def text_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which positions are text, and no padding: (rows, positions), bool."""
-    mask = batch.get("attention_mask")
+def text_of(batch: Mapping[str, Tensor], stack: int = 0) -> Tensor:
+    """Which positions of a stack of blocks are text, and no padding: (rows, positions), bool. The decoder, which is the
+    last one, may read another text than the encoder."""
+    mask = batch.get("decoder_attention_mask") if stack else None
+    mask = batch.get("attention_mask") if mask is None else mask
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
@@ -34,18 +36,18 @@ def mean_over(values: Tensor, where: Tensor) -> Tensor:
 
 
 def pooled(states: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean state of each row, (rows, width)."""
-    text = text_of(batch)[..., None]
+    """The mean of each row's states of the last stack, (rows, width)."""
+    text = text_of(batch, -1)[..., None]
     return torch.where(text, states.float(), 0.0).sum(1) / text.sum(1)
 
 
-def summary(states: Tensor, anatomy: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
+def summary(states: Tensor, anatomy: Anatomy, batch: Mapping[str, Tensor], stack: int = -1) -> Tensor:
     """The state of each row that its classifier reads: of the first position ([CLS]), or of the last one of the text
     where a model reads from left to right, or the head reads the end token. (rows, width)"""
     if not (anatomy.causal or anatomy.reads_end):
         return states[:, 0].float()
     places = torch.arange(states.shape[1], device=states.device)
-    last = torch.where(text_of(batch), places, 0).amax(1)
+    last = torch.where(text_of(batch, stack), places, 0).amax(1)
     return states[torch.arange(len(states), device=states.device), last].float()
 
 

@@ -1,0 +1,48 @@
+"""Translation of a text into another language or script (Sutskever et al. 2014, arXiv:1409.3215)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from niwaki.task.text_to_text import TextScores, TextToText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation(TextToText):
+    """chrF, which tells single words apart too and is the score to watch, BLEU, the rate of wrong characters, and the
+    share of answers without one."""
+
+    metric: ClassVar[str] = "chrf"
+    paper: ClassVar[str] = "Sutskever et al. 2014, arXiv:1409.3215"
+
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
+        return TranslationScores(tokenizer)
+
+
+class TranslationScores(TextScores):
+    """bleu and chrf in 0..100 with sacrebleu's settings; cer: characters to change, add and leave out, by those of the
+    references (the phoneme error rate, where each phoneme is one character); exact: the share of answers that are the
+    reference."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from sacrebleu.metrics import BLEU, CHRF
+
+        super().__init__(tokenizer)
+        self._metrics = {"bleu": BLEU(), "chrf": CHRF()}
+
+    def compute(self) -> dict[str, float]:
+        from torchmetrics.functional.text import char_error_rate
+
+        hits = sum(one == other for one, other in zip(self.written, self.references, strict=True))
+        return {
+            **{name: one.corpus_score(self.written, [self.references]).score for name, one in self._metrics.items()},
+            "cer": float(char_error_rate(self.written, self.references)),
+            "exact": hits / len(self.references),
+            **super().compute(),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """sacrebleu's own words for what `compute` did."""
+        return {"signatures": {name: str(one.get_signature()) for name, one in self._metrics.items()}}
