@@ -24,8 +24,8 @@ from niwaki.recipe import Recipe
 from niwaki.stage import refuse_conflicts
 from niwaki.weights import fold
 
-TASKS = ("classification", "ner", "causal_lm")
-MODELS = {"causal_lm": "tiny-llama"}  # else tiny-bert
+TASKS = ("classification", "ner", "causal_lm", "translation")
+MODELS = {"causal_lm": "tiny-llama", "translation": "tiny-bart"}  # else tiny-bert
 LARGER = {"causal_lm": "{hidden_size:48,head_dim:12,num_hidden_layers:5}"}  # teachers; else as in `write_teachers`
 STEPS, STOP = 6, 3
 # Codes and scales are the fold's own, bit for bit, so a converted model differs by the rounding of sums alone. Where
@@ -57,6 +57,7 @@ def write_rows(folder: Path, count: int = 24) -> dict[str, str]:
             for text in texts
         ],
         "causal_lm": [{"text": text} for text in texts],
+        "translation": [{"source": text, "target": text[::-1]} for text in texts],
     }
     paths = {}
     for task, found in rows.items():

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from niwaki.compression.distill.distillation import Lesson, Representation
 from niwaki.compression.distill.layers import Layers, check_layers, pairs_of
-from niwaki.compression.distill.states import mean_over, text_of
+from niwaki.compression.distill.states import mean_over
 from niwaki.errors import ConfigError
 from niwaki.model.capture import Attention as Compared
 from niwaki.model.capture import Flow
 from niwaki.model.teacher import Said, Teacher
+from niwaki.model.text import text_of
 from niwaki.stage import Context
 
 
@@ -55,7 +56,7 @@ class Attention(Representation):
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
             losses = [
-                squared_error(one.attentions[i], other.attentions[j], text_of(batch, stack))
+                squared_error(one.attentions[i], other.attentions[j], text_of(batch, stack > 0))
                 for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True))
                 for i, j in self.pairs(one, other)
             ]

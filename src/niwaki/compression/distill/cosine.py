@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from niwaki.compression.distill.distillation import Lesson, Representation
-from niwaki.compression.distill.states import learned, mean_over, projection, text_of
+from niwaki.compression.distill.states import learned, mean_over, projection
 from niwaki.model.capture import Seen
 from niwaki.model.teacher import Said, Teacher
+from niwaki.model.text import text_of
 from niwaki.stage import Context
 
 
@@ -34,6 +35,6 @@ class Cosine(Representation):
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
             alike = functional.cosine_similarity(mapped(student.last.float()), teacher.last.float(), dim=-1)
-            return mean_over(1 - alike, text_of(batch, -1))
+            return mean_over(1 - alike, text_of(batch, decoder=True))
 
         return Lesson(compare, learned({self.name: mapped}))

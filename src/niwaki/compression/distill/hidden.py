@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from niwaki.compression.distill.distillation import Lesson, Representation
 from niwaki.compression.distill.layers import Layers, check_layers, pairs_of
-from niwaki.compression.distill.states import learned, mean_over, projection, text_of
+from niwaki.compression.distill.states import learned, mean_over, projection
 from niwaki.model.capture import Flow
 from niwaki.model.teacher import Said, Teacher
+from niwaki.model.text import text_of
 from niwaki.stage import Context
 
 
@@ -53,7 +54,7 @@ class Hidden(Representation):
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
             losses = []
             for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True)):
-                text = text_of(batch, stack)[..., None]
+                text = text_of(batch, stack > 0)[..., None]
                 places = [("states", i + 1, j + 1) for i, j in self.pairs(one, other)]
                 for kind, i, j in [*([("embeddings", 0, 0)] if self.embeddings else []), *places]:
                     mapped = maps[f"{self.name}/{kind}_{stack}"](one.states[i].float())

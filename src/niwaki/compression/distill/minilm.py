@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from niwaki.compression.distill.distillation import Lesson, Representation
-from niwaki.compression.distill.states import mean_over, text_of
+from niwaki.compression.distill.states import mean_over
 from niwaki.errors import ConfigError
 from niwaki.model.capture import Flow
 from niwaki.model.teacher import Said, Teacher
+from niwaki.model.text import text_of
 from niwaki.stage import Context
 
 Relation = Literal["query", "key", "value"]
@@ -79,7 +80,7 @@ class MiniLM(Representation):
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
             losses = []
             for stack, (one, other) in enumerate(zip(student.flows, teacher.flows, strict=True)):
-                heads, text = self.heads(other), text_of(batch, stack)
+                heads, text = self.heads(other), text_of(batch, stack > 0)
                 for relation in self.relations:
                     ours = log_relation(getattr(one.attentions[-1], relation), heads, text)
                     theirs = log_relation(getattr(other.attentions[self.block], relation), heads, text)

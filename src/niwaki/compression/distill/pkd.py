@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from niwaki.compression.distill.distillation import Lesson, Representation
 from niwaki.compression.distill.layers import Layers, check_layers, pairs_of
-from niwaki.compression.distill.states import learned, projection, summary, text_of
+from niwaki.compression.distill.states import learned, projection, summary
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import Flow
 from niwaki.model.teacher import Said, Teacher
+from niwaki.model.text import text_of
 from niwaki.stage import Context
 
 
@@ -81,6 +82,6 @@ class PatientDistillation(Representation):
     ) -> tuple[Tensor, Tensor]:
         """The states that are compared, (count, width) of each."""
         if self.positions == "all":
-            text = text_of(batch, stack)
+            text = text_of(batch, stack > 0)
             return student[text].float(), teacher[text].float()
         return summary(student, anatomies[0], batch, stack), summary(teacher, anatomies[1], batch, stack)

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.model.anatomy import Anatomy
-
-
-def text_of(batch: Mapping[str, Tensor], stack: int = 0) -> Tensor:
-    """Which positions of a stack of blocks are text, and no padding: (rows, positions), bool. The decoder, which is the
-    last one, may read another text than the encoder."""
-    mask = batch.get("decoder_attention_mask") if stack else None
-    mask = batch.get("attention_mask") if mask is None else mask
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+from niwaki.model.text import text_of
 
 
 def owned(predictions: Any, outputs: Any, batch: Mapping[str, Tensor], numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +30,7 @@ def mean_over(values: Tensor, where: Tensor) -> Tensor:
 
 def pooled(states: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """The mean of each row's states of the last stack, (rows, width)."""
-    text = text_of(batch, -1)[..., None]
+    text = text_of(batch, decoder=True)[..., None]
     return torch.where(text, states.float(), 0.0).sum(1) / text.sum(1)
 
 
@@ -47,7 +40,7 @@ def summary(states: Tensor, anatomy: Anatomy, batch: Mapping[str, Tensor], stack
     if not (anatomy.causal or anatomy.reads_end):
         return states[:, 0].float()
     places = torch.arange(states.shape[1], device=states.device)
-    last = torch.where(text_of(batch, stack), places, 0).amax(1)
+    last = torch.where(text_of(batch, decoder=stack != 0), places, 0).amax(1)
     return states[torch.arange(len(states), device=states.device), last].float()
 
 

@@ -21,8 +21,10 @@ def second_moments(
     state: dict[str, Any] = {}
 
     def add(name: str) -> Callable[..., None]:
+        decoder = in_decoder(Anatomy.of(model), name)
+
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            read = tokens(arguments[0].detach(), state["mask"]).double()
+            read = tokens(arguments[0].detach(), text_of(state["batch"], decoder)).double()
             sums[name] += (read.t() @ read).cpu()
 
         return hook
@@ -31,7 +33,7 @@ def second_moments(
     try:
         with at_rest(model):
             for batch in batches:
-                state["mask"] = batch.get("attention_mask")
+                state["batch"] = batch
                 model(**inputs(batch))
     finally:
         for handle in handles:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from niwaki.compression.prune.pruning import Pruning
 from niwaki.errors import ConfigError
+from niwaki.model.text import in_decoder, text_of
 from niwaki.stage import Context, Effects, Stage
 
 When = Literal["before_fit", "after_fit"]
@@ -75,10 +76,11 @@ def watch_inputs(
     gather: Gather, stop: nn.Module | None,
 ) -> None:  # fmt: skip
     """Run the batches, and show what enters `linears` to `gather`, until `stop` is entered."""
-    mask: Tensor | None = None
+    masks: dict[bool, Tensor] = {}
 
     def show(name: str) -> Any:
-        return lambda module, inputs: gather(name, tokens(inputs[0].detach(), mask))
+        decoder = in_decoder(context.anatomy, name)
+        return lambda module, inputs: gather(name, tokens(inputs[0].detach(), masks[decoder]))
 
     def leave(module: nn.Module, inputs: Any) -> None:
         raise Enough
@@ -88,10 +90,10 @@ def watch_inputs(
     device = next(model.parameters()).device
     try:
         for batch in batches:
-            inputs = context.inputs(to_device(batch, device))
-            mask = inputs.get("attention_mask")
+            moved = to_device(batch, device)
+            masks |= {decoder: text_of(moved, decoder) for decoder in (False, True)}
             with suppress(Enough):
-                model(**inputs)
+                model(**context.inputs(moved))
     finally:
         for handle in handles:
             handle.remove()

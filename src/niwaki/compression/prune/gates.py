@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.prune.importance import Importance, Meter, magnitude
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.text import in_decoder
 from niwaki.model.units import Units
 from niwaki.weights import replace_module
 
@@ -77,6 +79,8 @@ class GateSchedule(pl.Callback):
         self.model = model
         self.gates = gates
         self.meters = {units: Meter(units, kind, gate) for units, gate in gates.items()}
+        for units, meter in self.meters.items():
+            meter.decoder = in_decoder(Anatomy.of(model), units.output)
         self.kind = kind
         self.draw = draw
         self.fraction_at = fraction_at
@@ -100,12 +104,12 @@ class GateSchedule(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         for meter in self.meters.values():
             meter.gathers = trainer.global_step < self.last_step
-            meter.tokens = batch.get("attention_mask")
+            meter.batch = batch
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         for units, meter in self.meters.items():
             meter.collect()
-            meter.gathers, meter.tokens = False, None
+            meter.gathers, meter.batch = False, None
             self.gates[units].gather(meter)
         step = trainer.global_step
         due = step % self.interval == 0 or step == self.last_step

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.model.stream import Stream
+from niwaki.model.text import in_decoder, text_of
 from niwaki.model.units import Units
 from niwaki.stage import Context
 
@@ -47,7 +48,8 @@ class Meter:
         self.kind = kind
         self.gate = gate
         self.gathers = True
-        self.tokens: Tensor | None = None  # (texts, tokens): 1 where there is text, 0 where there is padding
+        self.batch: Mapping[str, Tensor] | None = None  # that goes through
+        self.decoder = False  # whether the activations stand at the positions of the decoder's text
         self.factors: list[Tensor] = []  # of the forward passes since `collect`
         self._sums: Tensor = torch.zeros(units.count, dtype=torch.float64)
         self._count = 0  # of what the sums are of: texts, or tokens
@@ -81,8 +83,9 @@ class Meter:
     def _add_activation(self, parted: Tensor) -> None:
         """`parted`: (texts, tokens, units, columns)."""
         each = parted.abs().double().mean(-1)
-        if self.tokens is not None and self.tokens.shape == each.shape[:-1]:
-            each = each[self.tokens.bool()]
+        text = None if self.batch is None else text_of(self.batch, self.decoder)
+        if text is not None and text.shape == each.shape[:-1]:
+            each = each[text]
         self._add(each.flatten(0, -2))
 
     def _add(self, rows: Tensor) -> None:
@@ -103,6 +106,8 @@ def measure(
     if kind == "magnitude":
         return [magnitude(model, units) for units in all_units]
     meters = [Meter(units, kind) for units in all_units]
+    for meter, units in zip(meters, all_units, strict=True):
+        meter.decoder = in_decoder(context.anatomy, units.output)
     hooks = [
         model.get_submodule(units.output).register_forward_pre_hook(meter)
         for units, meter in zip(all_units, meters, strict=True)
@@ -120,10 +125,16 @@ def measure_channels(model: nn.Module, stream: Stream, kind: Importance, rows: i
             return torch.stack(squares).sum(0).sqrt()
     meter = Meter(Channels(stream.width), kind)
 
-    def look(module: nn.Module, args: Any, output: Tensor) -> Any:
-        return meter(module, (output,))[0] if output.dim() == 3 else None  # and no table of positions
+    def look(name: str) -> Any:
+        decoder = in_decoder(context.anatomy, name)
 
-    hooks = [model.get_submodule(name).register_forward_hook(look) for name in stream.norms]
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Any:
+            meter.decoder = decoder
+            return meter(module, (output,))[0] if output.dim() == 3 else None  # and no table of positions
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(look(name)) for name in stream.norms]
     return gathered(model, [meter], hooks, rows, context)[0]
 
 
@@ -155,7 +166,7 @@ def see(model: nn.Module, batch: Mapping[str, Tensor], meters: Sequence[Meter], 
     """Let the meters see one batch."""
     gradients = meters[0].kind == "taylor"
     for meter in meters:
-        meter.tokens = batch.get("attention_mask")
+        meter.batch = batch
     with torch.set_grad_enabled(gradients):
         loss = context.loss(model, batch)
     if gradients:

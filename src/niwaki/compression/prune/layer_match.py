@@ -23,7 +23,7 @@ class LayerMatch:
     alive: Callable[[], Sequence[bool]]
 
     def __call__(self, student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
-        tokens = batch["attention_mask"].bool()
+        tokens = text_of(batch)
         ours, theirs = (said.flows[0].states[1:] for said in (student, teacher))
         candidates = [hidden for hidden, alive in zip(ours, self._alive(len(ours)), strict=True) if alive] or ours
         mapped = [self.projection(hidden[tokens].float()) for hidden in candidates]

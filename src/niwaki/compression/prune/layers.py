@@ -14,6 +14,7 @@ from torch.nn import functional
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.load import KeepBlocks
+from niwaki.model.text import in_decoder, text_of
 from niwaki.stage import Context, Effects, Phase, Stage
 
 FIELD = "compression.prune_layers"
@@ -128,8 +129,8 @@ def influences(anatomy: Anatomy, batches: Sequence[Mapping[str, Tensor]], contex
     try:
         with torch.no_grad():
             for batch in batches:
-                for similarity in gathered.values():
-                    similarity.mask = batch["attention_mask"].bool()
+                for name, similarity in gathered.items():
+                    similarity.mask = text_of(batch, in_decoder(anatomy, name))
                 model(**context.inputs(batch))
     finally:
         for hook in hooks:

@@ -1,0 +1,33 @@
+"""Which positions of a batch are text, for each of the stacks of blocks that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from niwaki.model.anatomy import Anatomy
+
+
+def text_of(batch: Mapping[str, Tensor], decoder: bool = False) -> Tensor:
+    """Which positions are text, and no padding: (rows, positions), bool. A decoder may read another text than the
+    encoder; else both read the same."""
+    mask = batch.get("decoder_attention_mask") if decoder else None
+    mask = batch.get("attention_mask") if mask is None else mask
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def in_decoder(anatomy: Anatomy, name: str) -> bool:
+    """Whether what the module of this name reads stands at the positions of the decoder's text: it is in the decoder
+    behind an encoder, and no key or value of the attention to that encoder."""
+    if len(anatomy.stacks) < 2:
+        return False
+    stack = anatomy.stacks[-1]
+    inside = name.startswith(f"{anatomy.prefix}{stack.blocks.partition('.')[0]}.")
+    crossing = [
+        f"{place}.{linear}" for place, its, _ in anatomy.named_blocks() if its is stack
+        for linear, parts in stack.linears.items()
+        if stack.cross_attention and linear.startswith(f"{stack.cross_attention}.") and parts in ("key", "value")
+    ]  # fmt: skip
+    return inside and not any(name == one or name.startswith(f"{one}.") for one in crossing)
