@@ -25,7 +25,7 @@ def masked_lm(tokenizer: Any, family: str = "bert", likeliest: Sequence[str] = (
     their order, whatever the model reads."""
     from transformers import AutoModelForMaskedLM
 
-    config = Tiny(name=family, dropout=0.0).config()
+    config = Tiny(name=family, dropout=0.3).config()
     config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = AutoModelForMaskedLM.from_config(config).eval()

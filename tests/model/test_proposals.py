@@ -48,7 +48,7 @@ def test_no_special_or_unused_token_and_none_without_a_letter() -> None:
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     tokenizer = trained.fast(inner)
     tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    tokenizer.add_tokens(["<added>"])
+    tokenizer.add_tokens(["<added>", "added"])
     assert list(whole_words(tokenizer).values()) == ["a", "pine", "u.s", "7", "é"]
 
 

@@ -82,7 +82,7 @@ class Files(Source):
         return () if value is None else value if isinstance(value, tuple) else (value,)
 
     def _format(self, split: str, path: str) -> str:
-        if self.format is not None and split in SPLITS:
+        if self.format is not None:
             return self.format
         suffixes = [suffix.lstrip(".").lower() for suffix in Path(path).suffixes]
         packed = bool(suffixes) and suffixes[-1] == "gz"
