@@ -24,7 +24,8 @@ from niwaki.recipe import Recipe
 from niwaki.stage import refuse_conflicts
 from niwaki.weights import fold
 
-TASKS = ("classification", "ner", "causal_lm", "translation")
+TASKS = ("classification", "ner", "causal_lm")  # of every grid
+FURTHER = ("masked_lm", "translation")  # of some cells of each
 MODELS = {"causal_lm": "tiny-llama", "translation": "tiny-bart"}  # else tiny-bert
 LARGER = {"causal_lm": "{hidden_size:48,head_dim:12,num_hidden_layers:5}"}  # teachers; else as in `write_teachers`
 STEPS, STOP = 6, 3

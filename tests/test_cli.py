@@ -114,7 +114,7 @@ def test_help_names_the_commands_without_heavy_imports():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "HEAVY []" in said.stdout
-    for name in ("evaluate", "predict", "list", "report", "verify", "add-adapter", "unpack", "sensitivity"):
+    for name in ("evaluate", "predict", "list", "report", "verify", "add-adapter", "unpack", "sensitivity", "augment"):
         assert f"\n  {name} " in said.stdout
 
 

@@ -143,7 +143,10 @@ def check_moved(model: Any, start: dict[str, torch.Tensor]) -> None:
 def check_saved(recipe: Any, corpus: Corpus, work: Any, model: Any, subset: tuple[str, ...]) -> None:
     """Sparsity and grid hold in the model that was reloaded, and it has scores."""
     assert all(
-        v == v for v in evaluate(model, corpus.evaluation("test"), recipe.task, corpus.labels).compute().values()
+        v == v
+        for v in evaluate(model, corpus.evaluation("test"), recipe.task, corpus.labels, corpus.tokenizer)
+        .compute()
+        .values()
     )
     grown = [name for name in work.context.targets if ".adapter." in name]
     linears = len(work.context.targets) - len(grown)

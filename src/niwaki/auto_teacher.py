@@ -22,10 +22,18 @@ def wanted(config: Mapping[str, Any]) -> list[str]:
 
 
 def of_teacher(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the teacher's own run: the same task, data, tuning and seed, on the whole model, nothing
+    """The config of the teacher's own run: the same task, labelled rows, tuning and seed, on the whole model, nothing
     compressed. The seed is the student's, since it also decides which rows a split is carved of."""
-    model = {**config["model"], "layers": None}
-    return {**config, "model": model, "compression": {}, "task_weight": 1.0, "name": "teachers", "study": None}
+    model, data = {**config["model"], "layers": None}, {**config["data"], "unlabelled": None}
+    return {
+        **config,
+        "model": model,
+        "data": data,
+        "compression": {},
+        "task_weight": 1.0,
+        "name": "teachers",
+        "study": None,
+    }
 
 
 def with_teacher(config: Mapping[str, Any], run: Run) -> Mapping[str, Any]:

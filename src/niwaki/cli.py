@@ -176,6 +176,33 @@ def sensitivity(
         sys.exit(130)
 
 
+@app.command()
+def augment(
+    file: Annotated[Path, typer.Option(help="Rows with text (and text_pair) or tokens; labels are not read.")],
+    model: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A masked language model.")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="A new .jsonl file.")],
+    column: Columns = None,
+    copies: Annotated[int, typer.Option(help="Of each row.")] = 20,
+    share: Annotated[float, typer.Option(help="Of the words that a copy replaces, by chance.")] = 0.4,
+    candidates: Annotated[int, typer.Option(help="Words that one is drawn from.")] = 15,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Masks at once.")] = 32,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write copies of rows with some words replaced (TinyBERT), to learn from a teacher: data.unlabelled."""
+    quiet()
+    from niwaki.data.augment import Augmentation, augment_command
+
+    settings = Augmentation(copies=copies, share=share, candidates=candidates, seed=seed)
+    try:
+        count = augment_command(file, pairs(column), model, output, settings, batch_size, device, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    print(f"{output}: {count:,} rows")
+
+
 @app.command("add-adapter")
 def add_adapter(
     place: Place,

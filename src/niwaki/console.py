@@ -26,11 +26,12 @@ class Console:
         """Each step of the run and what it will do."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         rows = ", ".join(f"{len(split):,} {name}" for name, split in corpus.features.items())
+        without = f", {corpus.unlabelled:,} of the train rows without a label" if corpus.unlabelled else ""
         unit = "blocks" if recipe.task.whole else "rows"
         classes = f", {len(corpus.labels)} labels" if corpus.labels else ""
         for step, what in recipe.plan():
             table.add_row(f"[bold]{step}[/bold]", what)
-        table.add_row("[bold]data[/bold]", f"{rows} {unit}{classes}")
+        table.add_row("[bold]data[/bold]", f"{rows} {unit}{without}{classes}")
         self._console.print(table)
 
     def learning(self, model: nn.Module) -> None:

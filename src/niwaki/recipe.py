@@ -14,6 +14,7 @@ from niwaki.errors import ConfigError
 from niwaki.logger import LoggerSettings
 from niwaki.measure.speed import Measure
 from niwaki.model.load import Pretrained
+from niwaki.model.teacher import Taught
 from niwaki.naming import option_name
 from niwaki.optimizer import OptimizerSettings
 from niwaki.schedule import Schedule
@@ -71,6 +72,7 @@ class Recipe:
         if self.task_weight < 0:
             raise ConfigError(f"task_weight={self.task_weight}: needs a number of at least 0")
         self.refuse_conflicts()
+        self.refuse_unlabelled()
         if self.task_weight == 0 and not any(s.phase is Phase.OBJECTIVE and s.adds_term for s in self.stages):
             raise ConfigError("task_weight=0: nothing is left to learn from; add compression=[distill/logits]")
 
@@ -106,6 +108,16 @@ class Recipe:
             raise ConfigError(
                 f"{averaging[0]} and trainer.max_epochs=0: there is no fit to average over; leave one out"
             )
+
+    def refuse_unlabelled(self) -> None:
+        """Raise ConfigError where rows without an answer would have no effect."""
+        if self.data.unlabelled is None:
+            return
+        field = f"data.unlabelled={', '.join(self.data.unlabelled)}"
+        if not self.task.needs.answers:
+            raise ConfigError(f"{field}: task={self.task.name} needs no labels; add the text to the training rows")
+        if not any(stage.teachers() for stage in self.stages if isinstance(stage, Taught)):
+            raise ConfigError(f"{field}: has no effect without a teacher; add compression=[distill/logits]")
 
     @property
     def stages(self) -> list[Stage]:

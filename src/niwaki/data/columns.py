@@ -46,6 +46,7 @@ def check_words(value: Any) -> list[str]:
     return value
 
 
+ANSWERS = ("label", "tags")  # the columns that a model is to find
 # Every other column of a task holds text.
 CHECKS: dict[str, Callable[[Any], Any]] = {"label": check_label, "tokens": check_words, "tags": check_words}
 

@@ -19,6 +19,7 @@ from niwaki.data.batches import Batches
 from niwaki.data.encode import content_hash, encode
 from niwaki.data.source import Source
 from niwaki.data.tokens import cut
+from niwaki.data.unlabelled import with_unlabelled
 from niwaki.task.task import Task
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Corpus:
     seed: int
     columns: tuple[str, ...] = ()  # of the rows
     rows: Mapping[str, Dataset] = field(default_factory=dict)  # before they were encoded
+    unlabelled: int = 0  # rows at the end of the training split that have no answer
     tokens: tuple[int, ...] = ()  # those that were kept of the tokenizer of `whole`, where some were left out
     whole: Corpus | None = None
 
@@ -50,8 +52,11 @@ class Corpus:
         """
         splits = source.splits(task.needs, seed)
         labels = task.labels(splits)
-        features = encoded(task, splits, tokenizer, labels)
-        return cls(task, source, tokenizer, labels, features, seed, tuple(splits["train"].column_names), splits)
+        train = with_unlabelled(splits["train"], source, task.needs)
+        unlabelled = len(train) - len(splits["train"])
+        rows = {**splits, "train": train}
+        features = encoded(task, rows, tokenizer, labels)
+        return cls(task, source, tokenizer, labels, features, seed, tuple(train.column_names), rows, unlabelled)
 
     def trimmed(self, tokens: Sequence[int]) -> Corpus:
         """The same rows, read with these tokens of the tokenizer alone, which are numbered anew in their order."""
@@ -106,8 +111,8 @@ class Corpus:
         return [self._collate(list(part)) for part in chunks(list(rows), size) if len(part) == min(size, len(rows))]
 
     def calibration(self, count: int) -> list[dict[str, Any]]:
-        """Batches of `count` rows of the training split in all (it may have fewer), drawn with the seed."""
-        order = np.random.default_rng(self.seed).permutation(len(self.features["train"]))
+        """Batches of `count` labelled rows of the training split in all (it may have fewer), drawn with the seed."""
+        order = np.random.default_rng(self.seed).permutation(len(self.features["train"]) - self.unlabelled)
         rows = list(self.features["train"].select(order[:count], keep_in_memory=True))
         return [self._collate(part) for part in chunks(rows, self.source.batch_size)]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Where each row stands, beside the columns of the file.
 FILE, NUMBER, UNIT = "__file__", "__number__", "__unit__"
+UNLABELLED = "unlabelled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Files(Source):
     or null to go by the ending; the text formats may end in .gz. CoNLL files give columns `tokens` and
     `tags`. A txt file gives column `text`, one row a line with its line break, so that the rows joined are
     the file; its missing splits are cut from its end and `limit` keeps its first lines, since order matters
-    in a running text.
+    in a running text. Files without answers (`unlabelled`) go by their endings, and each line of a txt file is a row.
     """
 
     train: str | Sequence[str]
@@ -40,7 +41,7 @@ class Files(Source):
             if not isinstance(self.train, Sequence) or not self.train:
                 raise ConfigError(f"data.train={self.train!r}: must be a path or a list of paths")
             object.__setattr__(self, "train", tuple(self.train))
-        for split in SPLITS:
+        for split in (UNLABELLED, *SPLITS):
             for path in self._paths(split):
                 if not isinstance(path, str) or not path:
                     raise ConfigError(f"data.{split}={path!r}: must be a path")
@@ -52,6 +53,19 @@ class Files(Source):
         wanted = {self.columns.get(column, column) for column in needs.all}
         return {split: self._read(split, wanted) for split in SPLITS if self._paths(split)}
 
+    def read_unlabelled(self, needs: Needs) -> "dict[str, list]":
+        """The columns that are needed, of the files without answers, each value checked.
+
+        Raises:
+            DataError: no file, no rows, a missing column or a bad value; names the file and the line.
+        """
+        rows = self._read(UNLABELLED, {self.columns.get(column, column) for column in needs.all})
+        kept = self._columns_to_keep({UNLABELLED: rows}, needs)
+        values = self._checked(UNLABELLED, rows, kept)[:]
+        if self._format(UNLABELLED, self._paths(UNLABELLED)[0]) == "txt":
+            return {"text": [line.rstrip("\r\n") for line in values["text"]]}
+        return dict(values)
+
     def place(self, split: str, number: int, row: dict[str, Any]) -> str:
         return f"{_origin(split, self._paths(split)[row[FILE]])} {row[UNIT]} {row[NUMBER]}"
 
@@ -61,7 +75,7 @@ class Files(Source):
 
     def is_running_text(self, split: str) -> bool:
         paths = self._paths(split)
-        return bool(paths) and self._format(split, paths[0]) == "txt"
+        return bool(paths) and split in SPLITS and self._format(split, paths[0]) == "txt"
 
     def _paths(self, split: str) -> tuple[str, ...]:
         value = getattr(self, split)
@@ -74,7 +88,8 @@ class Files(Source):
         packed = bool(suffixes) and suffixes[-1] == "gz"
         ending = "".join(suffixes[:-1][-1:] if packed else suffixes[-1:])
         if ending not in READERS or (packed and ending == "parquet"):
-            raise ConfigError(f"{_origin(split, path)}: unknown ending; set data.format to one of {', '.join(READERS)}")
+            remedy = "set data.format to" if split in SPLITS else "needs"
+            raise ConfigError(f"{_origin(split, path)}: unknown ending; {remedy} one of {', '.join(READERS)}")
         return ending
 
     def _read(self, split: str, wanted: set[str]) -> "Dataset":

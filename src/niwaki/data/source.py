@@ -1,11 +1,11 @@
 """Where rows come from: the abstract `Source`, and what every source owes a task."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from niwaki.data.columns import CHECKS, check_text, values_of
+from niwaki.data.columns import ANSWERS, CHECKS, check_text, values_of
 from niwaki.data.sampling import carve, choose_limit, choose_shots
 from niwaki.errors import ConfigError, DataError, nearest
 
@@ -26,6 +26,11 @@ class Needs:
     def all(self) -> tuple[str, ...]:
         return (*self.required, *self.optional)
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Those that a model is to find."""
+        return tuple(column for column in self.all if column in ANSWERS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
@@ -34,7 +39,8 @@ class Source(abc.ABC):
     `limit` keeps that many rows of each split, a seeded sample in the order of the source; `shots` keeps
     that many rows of each class of the training split (`limit` then holds for validation and test only).
     `columns` maps a column of the task to its name in the source. `validation_fraction` and `test_fraction`
-    are the shares of the training rows that become a split which the source does not have.
+    are the shares of the training rows that become a split which the source does not have. `unlabelled` names files
+    whose rows stand behind the training rows without an answer; neither `limit` nor `shots` counts them.
     """
 
     batch_size: int = 32
@@ -45,6 +51,7 @@ class Source(abc.ABC):
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     workers: int = 0
+    unlabelled: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("workers", 0)):
@@ -53,6 +60,7 @@ class Source(abc.ABC):
             if getattr(self, name) is not None:
                 self._check_whole_number(name, 1)
         self._check_fractions()
+        self._check_unlabelled()
         if not isinstance(self.columns, Mapping) or not all(
             isinstance(text, str) and text for pair in self.columns.items() for text in pair
         ):
@@ -75,6 +83,15 @@ class Source(abc.ABC):
                 f"data.validation_fraction={self.validation_fraction} and data.test_fraction="
                 f"{self.test_fraction}: together they must be below 1, or no row is left to train on"
             )
+
+    def _check_unlabelled(self) -> None:
+        value = self.unlabelled
+        if value is None:
+            return
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, Sequence) or not paths or not all(isinstance(path, str) and path for path in paths):
+            raise ConfigError(f"data.unlabelled={value!r}: must be null, a path or a list of paths")
+        object.__setattr__(self, "unlabelled", tuple(paths))
 
     @abc.abstractmethod
     def read(self, needs: Needs) -> "dict[str, Dataset]":

@@ -12,7 +12,7 @@ from torch import Tensor
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import DataError
-from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Classification(Task):
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         encoded = self._tokenize(rows, tokenizer)
         if "label" in rows:
-            index = {label: i for i, label in enumerate(labels)}
+            index: dict[str | None, int] = {None: UNKNOWN, **{label: i for i, label in enumerate(labels)}}
             encoded["labels"] = [index[label] for label in rows["label"]]
         return encoded
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.task import IGNORED, UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 
 WORD = re.compile(r"\w(?:[\w.'’&/-]*\w)?|[^\w\s]")
 
@@ -37,7 +37,10 @@ class NER(Task):
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         encoded = self._tokenize(rows["tokens"], tokenizer)
         index = {label: i for i, label in enumerate(labels)}
-        tags = [[index[tag] for tag in row] for row in rows["tags"]]
+        tags = [
+            [UNKNOWN] * len(words) if row is None else [index[tag] for tag in row]
+            for words, row in zip(rows["tokens"], rows["tags"], strict=True)
+        ]
         firsts = [first_pieces(encoded.word_ids(i)) for i in range(len(tags))]
         seen = [set(words) for words in firsts]
         return {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
 
 IGNORED = -100  # the label of a position that does not count
+UNKNOWN = -1  # of one that counts, in a row without an answer: a teacher says what it is
 Batch = Mapping[str, Tensor]
 Rows = dict[str, list[Any]]
 
@@ -83,7 +84,8 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
-        """Columns of text to columns of features: `input_ids`, `labels`, `length` and what else is needed."""
+        """Columns of text to columns of features: `input_ids`, `labels`, `length` and what else is needed. A row whose
+        answer is None has UNKNOWN where others have a label."""
 
     def translate(self, rows: Rows, tokenizer: Any, other: Any, labels: Sequence[str]) -> Rows:
         """What `encode` makes of the same rows, one for one, with the tokenizer `other`. `rows` are columns of text, or
@@ -100,12 +102,15 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (positions, classes) and labels (positions,) of the positions that count."""
+        """Logits (positions, classes) and labels (positions,) of the positions that count; a label may be UNKNOWN."""
 
     def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy over the positions that count."""
+        """Mean cross-entropy over the positions that count and whose label is known; 0 where there is none."""
         logits, labels = self.counted(outputs, batch)
-        return functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        total = functional.cross_entropy(
+            logits.float(), labels, ignore_index=UNKNOWN, label_smoothing=smoothing, reduction="sum"
+        )
+        return total / (labels != UNKNOWN).sum().clamp(min=1)
 
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """Logits (positions, classes) of the positions that count."""

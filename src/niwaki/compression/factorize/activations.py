@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.text import in_decoder, text_of
+
 
 def second_moments(
     model: nn.Module,

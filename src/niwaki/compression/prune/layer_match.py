@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.model.teacher import Said
+from niwaki.model.text import text_of
 
 MATCHED = 4  # layers of the teacher
 
