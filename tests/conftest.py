@@ -24,6 +24,7 @@ from niwaki.schedule import Constant  # noqa: E402
 from niwaki.stage import Context, Effects  # noqa: E402
 from niwaki.task.causal_lm import CausalLM  # noqa: E402
 from niwaki.task.classification import Classification  # noqa: E402
+from niwaki.task.masked_lm import MaskedLM  # noqa: E402
 from niwaki.task.ner import NER  # noqa: E402
 
 TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
@@ -44,6 +45,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
         },
     ),
     "causal_lm": (CausalLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
+    "masked_lm": (MaskedLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from niwaki.recipe import Recipe
 from niwaki.stage import refuse_conflicts
 from niwaki.weights import fold
 
-TASKS = ("classification", "ner", "causal_lm")
+TASKS = ("classification", "ner", "causal_lm")  # of every grid; masked_lm, whose models are those of ner, of some
 MODELS = {"causal_lm": "tiny-llama"}  # else tiny-bert
 LARGER = {"causal_lm": "{hidden_size:48,head_dim:12,num_hidden_layers:5}"}  # teachers; else as in `write_teachers`
 STEPS, STOP = 6, 3
@@ -57,6 +57,7 @@ def write_rows(folder: Path, count: int = 24) -> dict[str, str]:
             for text in texts
         ],
         "causal_lm": [{"text": text} for text in texts],
+        "masked_lm": [{"text": text} for text in texts],
     }
     paths = {}
     for task, found in rows.items():

@@ -31,7 +31,7 @@ def teachers(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "masked_lm"])
 def test_projections_learn_and_leave_no_trace(
     task: str, method: str, files: dict[str, str], teachers: dict[str, str], tmp_path: Path
 ) -> None:
