@@ -24,6 +24,7 @@ from niwaki.schedule import Constant  # noqa: E402
 from niwaki.stage import Context, Effects  # noqa: E402
 from niwaki.task.causal_lm import CausalLM  # noqa: E402
 from niwaki.task.classification import Classification  # noqa: E402
+from niwaki.task.masked_lm import MaskedLM  # noqa: E402
 from niwaki.task.ner import NER  # noqa: E402
 from niwaki.task.translation import Translation  # noqa: E402
 
@@ -49,6 +50,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
         Translation(max_length=32, max_target_length=16), (),
         {"source": ["one", "twenty two", "three hundred"], "target": ["1", "22", "300"]},
     ),
+    "masked_lm": (MaskedLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
 }  # fmt: skip
 
 

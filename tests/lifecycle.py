@@ -59,6 +59,7 @@ def write_rows(folder: Path, count: int = 24) -> dict[str, str]:
         ],
         "causal_lm": [{"text": text} for text in texts],
         "translation": [{"source": text, "target": text[::-1]} for text in texts],
+        "masked_lm": [{"text": text} for text in texts],
     }
     paths = {}
     for task, found in rows.items():

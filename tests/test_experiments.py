@@ -7,22 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lifecycle import write_rows
 
 from niwaki import artifact, compose, entry
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
+from niwaki.model.load import Pretrained
+from niwaki.model.tiny import Tiny
+from niwaki.task.classification import Classification
 
 RECIPES = {  # weight of the task and of each term; blocks that stay of the three
     "born_again": (1.0, {"logits": 1.0}, 3),
     "distilbert": (2.0, {"logits": 5.0, "cosine": 1.0}, 2),
+    "distilbert_general": (2.0, {"logits": 5.0, "cosine": 1.0}, 2),
     "minilm": (1.0, {"minilm": 1.0}, 2),
+    "minilm_general": (0.0, {"minilm": 1.0}, 2),
     "pkd": (0.5, {"logits": 0.5, "pkd": 0.26}, 2),
     "qad": (1.0, {"logits": 1.0}, 3),
     "sparse_int8": (1.0, {"logits": 1.0, "hidden": 1.0}, 3),
     "teacher_assistant": (1.0, {"logits": 1.0}, 2),
     "tinybert_blocks": (0.0, {"hidden": 1.0, "attention": 1.0}, 2),
+    "tinybert_general": (0.0, {"hidden": 1.0, "attention": 1.0}, 2),
 }
 TEMPERATURES = {"born_again": 1.0, "pkd": 10.0}  # others: 2
 
@@ -40,12 +47,12 @@ def teacher_of(place: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`run(experiment, *overrides)`: its folder; `logs` stands in an empty folder."""
+    """`run(experiment, *overrides)`: its folder; `logs` stands in an empty folder. Without an experiment: `run("")`."""
     file = write_rows(tmp_path)["classification"]
     monkeypatch.chdir(tmp_path)
 
     def carry_out(experiment: str, *overrides: str) -> Path:
-        common = [f"+experiment={experiment}", "data=files"]
+        common = [*([f"+experiment={experiment}"] if experiment else []), "data=files"]
         common += [f"data.{split}={file}" for split in ("train", "validation", "test")]
         common += ["trainer.max_steps=4", "trainer.precision=fp32", "logger=none", "measure=scores"]
         folder = tmp_path / f"{experiment}{len(list(tmp_path.iterdir()))}"
@@ -90,6 +97,27 @@ def test_the_second_step_of_tinybert_goes_on_from_the_first(run: Any, tmp_path: 
     assert blocks_in(second) == 2
     with pytest.raises(ConfigError, match=r"^model\.name"):
         compose.build(compose.compose(["+experiment=tinybert_answers"]).config)
+
+
+def test_a_general_student_is_tuned_for_a_task(run: Any) -> None:
+    """From raw text to an artifact, and from there, with a fresh head, to a classifier."""
+    student = run("distilbert_general", "model=tiny-bert", "optimizer.lr=1e-2")
+    card = json.loads((student / "model" / "niwaki.json").read_text())
+    assert [edit["blocks"] for edit in card["edits"] if "blocks" in edit] == [[0, 2]]
+    general = artifact.load(student / "model").model.base_model.state_dict()
+    spec, task = Pretrained(name=str(student)), Classification()
+    start = spec.load(task, ("a", "b", "c"), 0)
+    assert start.head_is_new
+    bare = {name: tensor for name, tensor in start.base_model.state_dict().items() if not name.startswith("pooler.")}
+    assert bare.keys() == general.keys()
+    assert all(torch.equal(bare[name], general[name]) for name in bare)
+    plain = Tiny(name="bert").load(task, ("a", "b", "c"), 0).base_model.state_dict()
+    assert not torch.equal(plain["encoder.layer.0.output.dense.weight"], bare["encoder.layer.0.output.dense.weight"])
+    tuned = run("", "model=pretrained", f"model.name={student}", "optimizer.lr=1e-2")
+    assert blocks_in(tuned) == 2
+    saved = artifact.load(tuned / "model")
+    assert (saved.task, saved.labels) == (task, ("a", "b", "c"))
+    assert not torch.equal(saved.model.classifier.weight, start.classifier.weight)
 
 
 def test_an_assistant_teaches_the_next(run: Any, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ FITS = {
         "optimizer=schedule_free", "schedule=constant", "optimizer.lr=0.01", "tuning=gradual", "tuning.every=0.2",
     ),
 }  # fmt: skip
+FITS |= {"masked_lm": ("task=masked_lm", "task.max_length=16", "optimizer.lr=0.01")}
 FITS |= {  # with masks that have a state of their own, stopped between two of them
     "rigl": (
         "optimizer.lr=0.01", "compression=[prune/random]", "compression.random.schedule=rigl",

@@ -158,7 +158,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         steps=recipe.trainer.steps(batches),
         epoch=recipe.trainer.epoch(batches),
         seed=recipe.seed,
-        head_learns=recipe.task.head_learns,
+        head_learns=recipe.task.head_learns or getattr(model, "head_is_new", False),
         predictions=recipe.task.predictions,
         load_teacher=Teachers(recipe.stages, recipe.task, corpus.labels, vocabulary, uncut(corpus)),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],

@@ -86,7 +86,9 @@ class Context:
     def new_head(self) -> list[nn.Parameter]:
         """The parameters of the head where it is new, so that every tuning trains it; else none. A pooler is part of
         the head: what a model was pretrained for there (next sentences, similarity) is not the task."""
-        return list(self.anatomy.head_parameters().values()) if self.head_learns else []
+        tied = {id(parameter) for parameter in self.anatomy.embeddings.parameters()}
+        found = self.anatomy.head_parameters().values() if self.head_learns else ()
+        return [parameter for parameter in found if id(parameter) not in tied]
 
 
 @dataclass

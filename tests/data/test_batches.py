@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from niwaki.data.batches import Batches, BucketBatches
+from niwaki.data.batches import Batches, BucketBatches, ByEpoch
 from niwaki.errors import ConfigError, DataError
 
 QUIET = (
@@ -81,6 +81,19 @@ def test_ranks_share_the_rows_and_have_as_many_batches(seed: int | None, count: 
     assert len({len(part) for part in parts}) == 1
     assert sorted(flat([batch for part in parts for batch in part])) == list(range(count))
     assert all(1 <= len(batch) <= 8 for part in parts for batch in part)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_may_depend_on_the_epoch(workers: int) -> None:
+    def told() -> ByEpoch:
+        return ByEpoch(lambda batch, epoch: numbers(batch) + 100 * epoch)
+
+    loader = Batches(rows(20), told(), 8, seed=1, workers=workers)
+    for epoch in range(2):
+        assert sorted(flat(served(loader))) == [100 * epoch + number for number in range(20)]
+    resumed = Batches(rows(20), told(), 8, seed=1, workers=workers)
+    resumed.load_state_dict({"epoch": 5, "position": 1})
+    assert {number // 100 for number in flat(served(resumed))} == {5}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

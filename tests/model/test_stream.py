@@ -15,6 +15,10 @@ from niwaki.model.tiny import FAMILIES
 
 KEPT = [0, 2, 3, 5, 8, 13, 21, 30]
 TASKS = {"bart": ("classification", "causal_lm"), "llama": ("classification", "ner", "causal_lm")}
+TASKS |= {  # whose heads make the stream anew, in ELECTRA and ALBERT a narrower one
+    family: ("classification", "masked_lm")
+    for family in ("bert", "roberta", "distilbert", "electra", "deberta-v2", "modernbert", "albert")
+}
 
 
 def mask(model: Any, stream: Stream, kept: list[int]) -> None:

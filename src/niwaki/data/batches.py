@@ -99,10 +99,23 @@ def with_numbers(collate: Callable[[list[dict[str, Any]]], Any], rows: list[tupl
     return {**collate([row for _, row in rows]), "row": torch.tensor([number for number, _ in rows])}
 
 
+class ByEpoch:
+    """`collate` of rows and the number of the epoch, for what is drawn anew in each. `Batches` sets the epoch before an
+    iterator starts its workers, which take it along; nothing else may tell them where they are, since a batch is made
+    before its turn, and a resumed fit has other workers."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]], int], Any]) -> None:
+        self.collate = collate
+        self.epoch = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        return self.collate(rows, self.epoch)
+
+
 class Batches(DataLoader):
     """A DataLoader over `BucketBatches` whose state is {epoch, position}: batches served in that epoch.
 
-    `dataset` is read by lists of row numbers; `collate` turns a list of rows (dicts) into a batch.
+    `dataset` is read by lists of row numbers; `collate` turns a list of rows (dicts) into a batch, `ByEpoch` perhaps.
     `numbered` adds the numbers of its rows to each batch, as `row`. `seed=None` is the order for evaluation. Lightning
     saves the state in each checkpoint and restores it; a restored loader serves exactly the batches that were left.
     Lightning must run with `use_distributed_sampler=False`. With `max_steps`, save by steps or after validation:
@@ -132,6 +145,7 @@ class Batches(DataLoader):
             # Its own, or each iterator would draw from the generator that dropout draws from.
             generator=torch.Generator(),
         )
+        self._by_epoch = collate if isinstance(collate, ByEpoch) else None
         self._position: int | None = None
         self._loaded: tuple[int, int] | None = None
 
@@ -144,6 +158,8 @@ class Batches(DataLoader):
         epoch, position = self._next_start()
         self.batch_sampler.epoch, self.batch_sampler.start = epoch, position
         self._position = position
+        if self._by_epoch is not None:
+            self._by_epoch.epoch = epoch
         self.generator.manual_seed((self.batch_sampler.seed or 0) + epoch)
         for batch in super().__iter__():
             self._position += 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import niwaki
-from niwaki.data.batches import Batches
+from niwaki.data.batches import Batches, ByEpoch
 from niwaki.data.encode import content_hash, encode
 from niwaki.data.source import Source
 from niwaki.data.tokens import cut
@@ -119,7 +119,7 @@ class Corpus:
     def _batches(self, split: str, size: int, seed: int | None, rank: int, world: int) -> Batches:
         return Batches(
             self.features[split],
-            self._collate,
+            self._collate if seed is None else ByEpoch(self._drawn),
             size,
             seed=seed,
             workers=self.source.workers,
@@ -130,6 +130,9 @@ class Corpus:
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return self.task.collate(rows, self.tokenizer)
+
+    def _drawn(self, rows: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
+        return self.task.draw(rows, self.tokenizer, (self.seed, epoch))
 
 
 def encoded(task: Task, splits: Mapping[str, Dataset], tokenizer: Any, labels: tuple[str, ...]) -> dict[str, Dataset]:

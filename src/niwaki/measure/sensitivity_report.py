@@ -24,6 +24,7 @@ from niwaki.measure.sensitivity import MEASURED, Plan, Record, replace_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PACKED = ("causal_lm", "masked_lm")  # tasks whose rows are blocks
 NAMES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
 
 
@@ -193,7 +194,7 @@ def markdown(facts: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
         for unit, known in facts["units"].items()
     ]
     what = (
-        f"{metric} on {facts['rows']:,} {'blocks' if facts['task'] == 'causal_lm' else 'rows'} ({facts['origin']}): "
+        f"{metric} on {facts['rows']:,} {'blocks' if facts['task'] in PACKED else 'rows'} ({facts['origin']}): "
         f"{number(metric, base)} as it is. Each number below is the change when that {facts['unit']} alone loses its "
         "smallest weights, without training; one measurement each, so changes of a few rows are noise."
     )

@@ -188,6 +188,13 @@ class Anatomy:
         return self.family.causal or bool(getattr(self.model.config, "is_decoder", False))
 
     @property
+    def fills_in(self) -> bool:
+        """Whether it says of hidden tokens what they are, from both sides; others are hidden in each epoch."""
+        config: Any = self.model.config
+        writes = self.causal or config.is_encoder_decoder
+        return not writes and self.model.get_output_embeddings() is not None  # type: ignore[operator]
+
+    @property
     def positions(self) -> int | None:
         """The tokens of a text that the model can read at once; None where its config sets no bound."""
         count = self.family.positions(self.model.config)

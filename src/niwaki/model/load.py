@@ -127,6 +127,7 @@ class Pretrained:
         from niwaki import artifact
 
         torch.manual_seed(seed)
+        model: Any
         if artifact.is_artifact(self.place):
             model, gaps = artifact.load_dense(self.place, task, labels, self.config())
         else:
@@ -145,19 +146,23 @@ class Pretrained:
             )
             gaps = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
             adapt(model)
-        self.refuse_gaps(model, gaps, task)
+        model.head_is_new = self.refuse_gaps(model, gaps, task)
         return self.padded(model).eval()
 
-    def refuse_gaps(self, model: Any, gaps: Iterable[str], task: Task) -> None:
+    def refuse_gaps(self, model: Any, gaps: Iterable[str], task: Task) -> bool:
         """Raise ConfigError for parameters that the source lacks, or has in another shape, unless they are of a head
-        that learns."""
-        new = Anatomy.of(model).head_parameters() if task.head_learns else {}
-        lacking = [name for name, _ in model.named_parameters() if name in set(gaps) - set(new)]
+        that learns: any new one, of a tied one all but the table. Returns whether some of the head are new."""
+        output = model.get_output_embeddings()
+        table = output.weight if output is not None else None
+        head = {n for n, p in Anatomy.of(model).head_parameters().items() if p is not table}
+        new = set(gaps) & head if task.head_learns or task.head_may_be_new else set()
+        lacking = [name for name, _ in model.named_parameters() if name in set(gaps) - new]
         if lacking:
             raise ConfigError(
                 f"model.name={self.name!r}: has no weights that fit {lacking[0]}, which would stay random; needs "
                 f"a model made for {task.name}, and no model.overrides of its shapes"
             )
+        return bool(new)
 
     def padded(self, model: Any) -> Any:
         """The model with the tokenizer's padding token where its config has none: heads look for the last token that
@@ -224,6 +229,7 @@ def auto_class(task: Task, config: Any) -> Any:
     """
     import transformers
 
+    task.check_config(config)
     if not has_head(task, type(config)):
         raise ConfigError(
             f"task={task.name}: transformers has no {config.model_type} model for this task; choose a model of another "

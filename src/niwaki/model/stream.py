@@ -29,7 +29,8 @@ from niwaki.weights import Packed
 @dataclass(frozen=True)
 class Stream:
     """The names of the modules at a stream of so many channels: `tables` of embeddings and linears that write to it
-    (`entrances` are those in front of the blocks), linears that read it, and norms over its channels."""
+    (`entrances` are those in front of the blocks), linears that read it, and norms over its channels. The linear of a
+    head whose output layer is tied to the tables does both."""
 
     width: int
     tables: tuple[str, ...]
@@ -41,14 +42,14 @@ class Stream:
     def slices(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
         """(tensor, the dimension of its channels) of each weight and bias, once; those of the norms are not among
         them."""
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         for names, dim in ((self.tables, 1), (self.writers, 0), (self.readers, 1)):
             for name in names:
                 module: Any = model.get_submodule(name)
                 bias = module.bias if names is self.writers else None
                 for tensor in (module.weight, bias):
-                    if tensor is not None and id(tensor) not in seen:
-                        seen.add(id(tensor))
+                    if tensor is not None and (id(tensor), dim) not in seen:
+                        seen.add((id(tensor), dim))
                         yield tensor, dim
 
 
@@ -68,13 +69,29 @@ def stream_of(anatomy: Anatomy) -> Stream:
         dye.run(anatomy)
     names = {id(module): name for name, module in anatomy.model.named_modules()}
     tables += [names[id(table)] for table in beside(anatomy)]
+    head = tied_head(anatomy, (*tables, *entrances), dye.readers)
+    with dyed(anatomy, head) as above:
+        if head:
+            above.run(anatomy)
     stream = Stream(
         width=int(anatomy.model.get_submodule(inside[0]).out_features),  # type: ignore[arg-type]
-        tables=tuple(tables), entrances=tuple(entrances), writers=(*entrances, *inside), readers=tuple(dye.readers),
-        norms=tuple(dict.fromkeys((*norms, *dye.norms))),
+        tables=tuple(tables), entrances=tuple(entrances), writers=(*entrances, *inside, *head),
+        readers=(*dye.readers, *above.readers), norms=tuple(dict.fromkeys((*norms, *dye.norms, *above.norms))),
     )  # fmt: skip
     check(anatomy.model, stream)
     return stream
+
+
+def tied_head(anatomy: Anatomy, entering: Sequence[str], readers: Sequence[str]) -> list[str]:
+    """The linear of the head that reads the stream and makes it anew, for an output layer that is tied to what tokens
+    enter by; none where the output layer reads the stream itself, or is no such one."""
+    model: Any = anatomy.model
+    output = model.get_output_embeddings()
+    tensors = {id(model.get_submodule(name).weight) for name in entering}
+    if output is None or not any(id(parameter) in tensors for parameter in output.parameters()):
+        return []
+    backbone = set(anatomy.backbone.modules())
+    return [name for name in readers if model.get_submodule(name) not in {*backbone, output}]
 
 
 def check(model: nn.Module, stream: Stream) -> None:
@@ -239,8 +256,11 @@ class KeepWidth(Edit):
 
 def keep_channels(model: nn.Module, stream: Stream, kept: Sequence[int]) -> None:
     """Cut all channels of the stream out but those `kept`, in place; what is tied stays so."""
-    for tensor, dim in list(stream.slices(model)) + [(scale, 0) for scale in scales(model, stream)]:
-        replace_parameter(model, tensor, taken(tensor, dim, kept))
+    for tensor, dims in together([*stream.slices(model), *((scale, 0) for scale in scales(model, stream))]):
+        cut = tensor
+        for dim in dims:
+            cut = taken(cut, dim, kept)
+        replace_parameter(model, tensor, cut)
     sizes = ("embedding_dim", stream.tables), ("out_features", stream.writers), ("in_features", stream.readers)
     for size, names in sizes:
         for name in names:
@@ -249,6 +269,14 @@ def keep_channels(model: nn.Module, stream: Stream, kept: Sequence[int]) -> None
         norm: Any = model.get_submodule(name)
         if hasattr(norm, "normalized_shape"):
             norm.normalized_shape = (len(kept),)
+
+
+def together(slices: Sequence[tuple[nn.Parameter, int]]) -> Iterator[tuple[nn.Parameter, list[int]]]:
+    """(tensor, all dimensions of its channels)."""
+    dims: dict[int, list[int]] = {}
+    for tensor, dim in slices:
+        dims.setdefault(id(tensor), []).append(dim)
+    yield from ((tensor, dims.pop(id(tensor))) for tensor, _ in slices if id(tensor) in dims)
 
 
 def scales(model: nn.Module, stream: Stream) -> Iterator[nn.Parameter]:

@@ -47,7 +47,8 @@ class Task(abc.ABC):
     auto_class: ClassVar[str]  # the transformers class that loads backbone and head
     metric: ClassVar[str]  # the score to watch
     mode: ClassVar[Literal["max", "min"]] = "max"
-    head_learns: ClassVar[bool] = True
+    head_learns: ClassVar[bool] = True  # it is new
+    head_may_be_new: ClassVar[bool] = False  # where a source has none; it is tied to the embeddings, which are not new
     causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read
@@ -66,6 +67,10 @@ class Task(abc.ABC):
     def name(self) -> str:
         """`classification`: the option that selects this task, which is where its file stands."""
         return option_name(self)
+
+    def check_config(self, config: Any) -> None:
+        """Raise ConfigError for a Hugging Face config whose models cannot do this task."""
+        return None
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ConfigError where such a model cannot do this task; it may be empty (meta device)."""
@@ -95,6 +100,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Rows of features to one padded batch."""
+
+    def draw(self, features: list[dict[str, Any]], tokenizer: Any, drawing: tuple[int, int]) -> dict[str, Tensor]:
+        """`collate` of training rows, where a task draws something of them at random: by `drawing` (the run's seed, the
+        epoch) and the rows alone, so that neither workers nor where a fit was stopped make a difference."""
+        return self.collate(features, tokenizer)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the model's forward takes."""

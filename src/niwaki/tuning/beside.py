@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from niwaki.edits import Edit
-from niwaki.errors import ArtifactError
+from niwaki.errors import ArtifactError, ConfigError
 from niwaki.naming import is_plain
 from niwaki.stage import Context, Stage
 from niwaki.tuning import bottleneck_folder
@@ -39,6 +39,15 @@ def conflict(name: str, others: Sequence[Stage]) -> str | None:
         f"tuning={name} with tuning.merge=false and {weight.name}: masks and grids act on the sum of base and adapter, "
         "which is not formed where the two stay apart; set tuning.merge=true"
     )
+
+
+def refuse_tied_head(model: Any, context: Context) -> None:
+    """Raise ConfigError where a new head would have to stand beside the base and is tied to its embeddings."""
+    if context.new_head and model.get_output_embeddings() is not None:
+        raise ConfigError(
+            "tuning.merge=false: the model came without a head for this task, and the new one is tied to its embeddings"
+            ", so it cannot stand beside them; set tuning.merge=true"
+        )
 
 
 def remember(model: nn.Module, context: Context) -> None:

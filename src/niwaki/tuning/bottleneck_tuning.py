@@ -113,6 +113,8 @@ class BottleneckTuning(Tuning):
         own = [p for bottleneck in bottlenecks(model, adapter).values() for p in bottleneck.parameters()]
         norms = block_norms(context.anatomy) if self.norms else ()
         head = context.new_head
+        if not self.merge:
+            beside.refuse_tied_head(model, context)
         train_only(model, [*own, *norms, *head])
         bottleneck_folder.remember(model, adapter)
         return Effects()

@@ -88,6 +88,7 @@ class PeftTuning(Tuning):
         for parameter in head:
             parameter.requires_grad_(True)
         if not self.merge:
+            beside.refuse_tied_head(model, context)
             beside.remember(model, context)
         return tuner
 

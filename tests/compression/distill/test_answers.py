@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lifecycle import begin, recipe_of, write_rows, write_teachers
+from lifecycle import begin, look, recipe_of, write_rows, write_teachers
 
 from niwaki.compression.distill import remembered
 from niwaki.compression.distill.answers import Kept
@@ -191,6 +191,15 @@ def test_a_disk_without_room_is_refused(
     with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers may need"):
         terms[True](one.model(**one.task.inputs(batch)), batch)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_nothing_is_kept_of_tokens_that_are_hidden_anew_in_each_epoch(tmp_path: Path) -> None:
+    settings = ["compression=[distill/logits]", "compression.logits.teacher=x", "compression.logits.cache=true"]
+    with pytest.raises(
+        ConfigError, match=r"^compression\.logits\.cache=true: other tokens are hidden in each epoch, of w"
+    ):
+        look(recipe_of("masked_lm", "rows.txt", *settings))
+    look(recipe_of("causal_lm", "rows.txt", *settings))
 
 
 def test_a_term_that_needs_the_teacher_anyway() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lifecycle import recipe_of, write_rows
+from lifecycle import look, recipe_of, write_rows
 from trained import byte_pairs, folder, unigram, word_piece
 
 from niwaki import artifact, compose, pipeline
@@ -79,6 +79,15 @@ def test_padding_does_not_count(setting: Callable[..., Any], family: str, task: 
         expected = (p.exp() * (p - q)).sum(-1).mean().item()
     assert expected > 1e-3
     assert term(outputs, batch).item() == pytest.approx(0.5 * expected, rel=1e-4)
+
+
+def test_what_is_hidden_stands_elsewhere_in_other_tokens() -> None:
+    settings = ["compression=[distill/cross_vocabulary]", "compression.cross_vocabulary.teacher=x"]
+    with pytest.raises(
+        ConfigError, match=r"^distill/cross_vocabulary: what is hidden from the student stands elsewhere"
+    ):
+        look(recipe_of("masked_lm", "rows.txt", *settings))
+    look(recipe_of("ner", "rows.conll", *settings))
 
 
 def test_a_block_in_other_tokens_is_the_same_text() -> None:

@@ -17,7 +17,7 @@ from niwaki.stage import refuse_conflicts
 
 FIELD = "compression.logits.teacher"
 
-KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm")]
+KINDS = [("bert", "classification"), ("bert", "ner"), ("llama", "causal_lm"), ("bert", "masked_lm")]
 
 
 def softmax(row: list[float], temperature: float) -> list[float]:
@@ -74,7 +74,7 @@ def counted(one: Any, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> l
     rows = []
     for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         for t in range(length):
-            if one.task.name == "ner" and batch["labels"][i, t] == -100:
+            if one.task.name in ("ner", "masked_lm") and batch["labels"][i, t] == -100:
                 continue
             if one.task.name == "causal_lm" and t == length - 1:
                 continue  # nothing follows

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.distill.distillation import Compared, Lesson
 from niwaki.compression.distill.logits import softened_divergence
 from niwaki.compression.distill.states import owned
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy
 from niwaki.model.teacher import Said, Teacher
 from niwaki.stage import Context, Stage
 
@@ -44,6 +45,13 @@ class CrossVocabulary(Compared):
         if self.teacher in (None, "auto"):  # one that is tuned first has the student's vocabulary
             return f"{self.title}.teacher: needs a hub name, a folder, or an artifact with another vocabulary"
         return super().conflict(others)
+
+    def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
+        if anatomy.fills_in:
+            raise ConfigError(
+                "distill/cross_vocabulary: what is hidden from the student stands elsewhere in the tokens of another "
+                "vocabulary; needs a task other than masked_lm, or a teacher of the same one with distill/logits"
+            )
 
     def lesson(self, context: Context, teacher: Teacher) -> Lesson:
         assert self.teacher is not None

@@ -94,6 +94,11 @@ class Logits(Compared):
         return super().conflict(others) or (self.twice(others) if self.more_teachers else None)
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
+        if self.cache and anatomy.fills_in:
+            raise ConfigError(
+                f"{self.title}.cache=true: other tokens are hidden in each epoch, of which nothing would be kept; "
+                "leave it false"
+            )
         classes = classes_of(anatomy)
         if self.top_k is not None and self.top_k >= classes:
             raise ConfigError(
