@@ -46,10 +46,7 @@ WORKING = [s for s in SUBSETS if s not in REFUSED]
 WHOLE = os.environ.get("NIWAKI_GRID") == "whole"  # `make grid`; otherwise only these tunings meet every subset
 EVERYWHERE = ("full", "head", "bitfit", "lora")
 FEW: list[tuple[str, ...]] = [("prune/magnitude", "quantize/qat"), ("distill/logits",)]
-ALONE: list[tuple[str, ...]] = [
-    (),
-    *FEW,
-]  # what the further tasks are run with here; tests/test_combinations.py has the rest
+ALONE: list[tuple[str, ...]] = [(), *FEW]  # of the further tasks; tests/test_combinations.py has the rest
 OTHERS = [tuning for tuning in TUNINGS if tuning not in EVERYWHERE]
 # Each group ends with one fresh process, which takes longer to start than a model to train.
 TOGETHER = [(tuning,) for tuning in EVERYWHERE] + [tuple(OTHERS[i : i + 5]) for i in range(0, len(OTHERS), 5)]
@@ -97,7 +94,8 @@ def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
     in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
     own = {
         "full": True,
-        "head": in_head or any(part in name for part in ("lm_head", "embed_tokens", "cls.", "word_embeddings")),
+        "head": in_head
+        or any(part in name for part in ("lm_head", "embed_tokens", "cls.", "word_embeddings", "shared")),
         "bitfit": in_head or (name.endswith(".bias") and not name.startswith("cls.")),
         "adapter": in_head or ".adapter." in name or is_block_norm(name),
         "adapter_pfeiffer": in_head or ".adapter." in name,
@@ -180,10 +178,6 @@ def check_saved(recipe: Any, corpus: Corpus, work: Any, model: Any, subset: tupl
             assert (module.bits, module.group) == (4, 16)
             assert module.codes.numel() == weight.numel() // 2
             assert max(len(group.unique()) for group in weight.reshape(-1, 16)) <= 15
-
-
-def task_is_llama(recipe: Any) -> bool:
-    return recipe.task.name == "causal_lm"
 
 
 def subsets_of(task: str, tuning: str) -> list[tuple[str, ...]]:

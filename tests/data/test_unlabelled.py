@@ -186,7 +186,8 @@ def test_without_effect_it_is_refused_before_anything_is_read() -> None:
     assert refused() == plain
     assert refused("compression=[prune/magnitude,prune/cofi]") == plain
     assert refused("task=causal_lm", "model=tiny-llama", "compression=distill/logits", teacher) == (
-        "data.unlabelled=none.jsonl: is for rows that lack a label, and task=causal_lm has none; add them to the training rows"
+        "data.unlabelled=none.jsonl: is for rows that lack a label, and task=causal_lm has none; add them to the "
+        "training rows"
     )
     compose.build(compose.compose([unlabelled, "compression=prune/cofi", "compression.cofi.teacher=x"]).config)
 

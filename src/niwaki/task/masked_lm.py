@@ -135,7 +135,7 @@ class MaskedLM(Task):
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return hidden(outputs, batch)
 
-    def scores(self, labels: Sequence[str]) -> Scores:
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
         return MaskScores()
 
     def answers(
