@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lifecycle import begin, finish, recipe_of, train, write_rows
 from transformers import DataCollatorForLanguageModeling
 
 from niwaki import artifact, inference
@@ -230,6 +231,7 @@ def test_the_loss_is_the_mean_over_what_is_hidden(setting: Callable[..., Any], s
                 total -= float((1 - smoothing) * logs[label] + smoothing / classes * logs.sum())
                 count += 1
     assert 2 <= count < (batch["labels"] == IGNORED).sum()
+    assert len(one.task.predictions(outputs, batch)) == count
     loss = one.task.loss(outputs, batch, smoothing=smoothing)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     if not smoothing:
@@ -348,6 +350,17 @@ def test_a_head_may_be_new_and_is_tied_to_the_embeddings(headless: Path, setting
     assert not table.requires_grad
     whole = setting("bert", "masked_lm").model
     assert not hasattr(whole, "head_is_new")  # a tiny model is as it was made
+
+
+def test_a_run_trains_a_new_head_whatever_its_tuning(headless: Path, tmp_path: Path) -> None:
+    settings = ["model=pretrained", f"model.name={headless}", "tuning=ia3", "compression=[prune/magnitude]"]
+    recipe = recipe_of("masked_lm", write_rows(tmp_path)["masked_lm"], *settings)
+    corpus, work = begin(recipe)
+    start = {name: p.detach().clone() for name, p in work.model.named_parameters()}
+    train(recipe, corpus, work, tmp_path)
+    moved = {name for name, p in work.model.named_parameters() if not torch.equal(p, start[name])}
+    assert {name for name in start if name.startswith("cls.")} == {name for name in moved if "ia3" not in name}
+    finish(recipe, corpus, work, tmp_path)
 
 
 def test_a_head_that_is_there_is_not_new(setting: Callable[..., Any], tmp_path: Path) -> None:
