@@ -47,6 +47,7 @@ WHOLE = os.environ.get("NIWAKI_GRID") == "whole"  # `make grid`; otherwise only 
 EVERYWHERE = ("full", "head", "bitfit", "lora")
 FEW: list[tuple[str, ...]] = [("prune/magnitude", "quantize/qat"), ("distill/logits",)]
 ALONE: list[tuple[str, ...]] = [(), *FEW]  # of the further tasks; tests/test_combinations.py has the rest
+TIED_HEADS = ("lm_head", "embed_tokens", "cls.", "word_embeddings", "shared")
 OTHERS = [tuning for tuning in TUNINGS if tuning not in EVERYWHERE]
 # Each group ends with one fresh process, which takes longer to start than a model to train.
 TOGETHER = [(tuning,) for tuning in EVERYWHERE] + [tuple(OTHERS[i : i + 5]) for i in range(0, len(OTHERS), 5)]
@@ -94,8 +95,7 @@ def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
     in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
     own = {
         "full": True,
-        "head": in_head
-        or any(part in name for part in ("lm_head", "embed_tokens", "cls.", "word_embeddings", "shared")),
+        "head": in_head or any(part in name for part in TIED_HEADS),
         "bitfit": in_head or (name.endswith(".bias") and not name.startswith("cls.")),
         "adapter": in_head or ".adapter." in name or is_block_norm(name),
         "adapter_pfeiffer": in_head or ".adapter." in name,

@@ -115,7 +115,9 @@ class Recipe:
             return
         field = f"data.unlabelled={', '.join(self.data.unlabelled)}"
         if not self.task.needs.answers:
-            raise ConfigError(f"{field}: task={self.task.name} needs no labels; add the text to the training rows")
+            raise ConfigError(
+                f"{field}: is for rows that lack a label, and task={self.task.name} has none; add them to the training rows"
+            )
         if not any(stage.teachers() for stage in self.stages if isinstance(stage, Taught)):
             raise ConfigError(f"{field}: has no effect without a teacher; add compression=[distill/logits]")
 
