@@ -116,7 +116,8 @@ class Recipe:
         field = f"data.unlabelled={', '.join(self.data.unlabelled)}"
         if not self.task.needs.answers:
             raise ConfigError(
-                f"{field}: is for rows that lack a label, and task={self.task.name} has none; add them to the training rows"
+                f"{field}: is for rows that lack a label, and task={self.task.name} has none; add them to the "
+                "training rows"
             )
         if not any(stage.teachers() for stage in self.stages if isinstance(stage, Taught)):
             raise ConfigError(f"{field}: has no effect without a teacher; add compression=[distill/logits]")
