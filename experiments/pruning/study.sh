@@ -57,7 +57,7 @@ case $what in
       done
     done
     # the sparsity follows from the penalty: the table has what was reached
-    from_dense pruning-soft-movement prune/soft_movement compression.soft_movement.penalty=4,10,40 \
+    from_dense pruning-soft-movement prune/soft_movement compression.soft_movement.penalty=10,100,250,400,2500,4000,10000 \
       seed=0,1 measure=scores
     ;;
   structured)

@@ -73,9 +73,15 @@ class Learner(pl.LightningModule):
         self._finite = Finite()
         self._stored_randomness: dict[str, Any] | None = None
 
-    def training_step(self, batch: Mapping[str, Tensor], index: int) -> Tensor:
-        for retell in self.retells:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # Before the callbacks see the batch, some of which gather what it makes of the model.
+        if self.retells and self.trainer.training:
+            self._take_randomness()
+        for retell in self.retells if self.trainer.training else ():
             batch = retell(batch)
+        return batch
+
+    def training_step(self, batch: Mapping[str, Tensor], index: int) -> Tensor:
         outputs = self.model(**self.task.inputs(batch))
         own = self.task.loss(outputs, batch, smoothing=self.task.label_smoothing)
         parts = {name: term(outputs, batch) for name, term in self.terms.items()}
@@ -130,6 +136,10 @@ class Learner(pl.LightningModule):
         self._stored_randomness = checkpoint.get("randomness")
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
+        self._take_randomness()
+
+    def _take_randomness(self) -> None:
+        """Go on with the generators as a checkpoint left them, once."""
         if self._stored_randomness is None:
             return
         stored, self._stored_randomness = self._stored_randomness, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from niwaki.model.teacher import (
     Taught,
     Teachers,
     Uncut,
+    check_reads,
     check_stranger,
     check_teacher,
     outline_of_teacher,
@@ -131,6 +131,7 @@ def check_teachers(recipe: Recipe, corpus: Corpus, student: Anatomy, *, yet_to_c
                 check_stranger(place, recipe.task, corpus.labels, vocabulary, field)
             else:
                 check_teacher(place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus))
+                check_reads(place, recipe.task, student, field)
     looking = [stage for stage in recipe.stages if isinstance(stage, LooksInside)]
     ours = outline(student) if looking else None
     theirs: dict[str, Seen] = {}
@@ -171,7 +172,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         loss=lambda model, batch: recipe.task.loss(model(**recipe.task.inputs(batch)), batch),
         write=recipe.task.write,
         retold=recipe.task.retold,
-        task_settings=asdict(recipe.task),
+        writing=recipe.task.writing,
     )
 
 

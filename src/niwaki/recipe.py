@@ -116,7 +116,7 @@ class Recipe:
         field = f"data.unlabelled={', '.join(self.data.unlabelled)}"
         if not self.task.needs.answers:
             raise ConfigError(
-                f"{field}: is for rows that lack a label, and task={self.task.name} has none; add them to the "
+                f"{field}: is for tasks that give labels, classification and ner; task={self.task.name} reads whole "
                 "training rows"
             )
         if not any(stage.teachers() for stage in self.stages if isinstance(stage, Taught)):

@@ -79,7 +79,7 @@ class Context:
     epoch: int = 0  # optimizer steps of one epoch
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
     kept: dict[str, Tensor] = field(default_factory=dict)  # parameters as they were before the fit, where one asked
-    task_settings: Mapping[str, Any] = field(default_factory=dict)
+    writing: Mapping[str, Any] = field(default_factory=dict)  # the settings that `write` goes by
     tokens: Sequence[int] = ()  # those that stay, where some go: by their numbers in the model as it was loaded
 
     @property

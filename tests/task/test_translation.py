@@ -14,11 +14,12 @@ import sacrebleu
 import torch
 from transformers import AutoTokenizer
 
-from niwaki import compose
+from niwaki import artifact, compose
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.load import DECODER_START
+from niwaki.model.load import DECODER_START, Pretrained
 from niwaki.model.text import in_decoder, text_of
+from niwaki.pipeline import read
 from niwaki.task.task import IGNORED, until_end
 from niwaki.task.text_to_text import told
 from niwaki.task.translation import Translation, TranslationScores
@@ -178,3 +179,32 @@ def test_predict_writes(setting: Callable[..., Any]) -> None:
     assert [row["text"] for row in found] == ["one", "two words"]
     assert all(isinstance(row["generated"], str) for row in found)
     json.dumps(found)
+
+
+def test_a_config_without_a_start_is_refused(setting: Callable[..., Any]) -> None:
+    one = setting("t5", "translation")
+    one.model.config.decoder_start_token_id = None
+    with pytest.raises(ConfigError, match=r"^task=translation: the config of this t5 names no decoder_start"):
+        one.task.check(Anatomy.of(one.model))
+
+
+def test_tokens_of_the_targets_count(tmp_path: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"source": "aaa", "target": "zzz"}) + "\n" for _ in range(6)))
+    data = [f"data.{split}={rows}" for split in ("train", "validation", "test")]
+    recipe = compose.build(compose.compose(["task=translation", "model=tiny-bart", "data=files", *data]).config)
+    corpus = read(recipe)
+    known = corpus.tokenizer.get_vocab()
+    counts = corpus.token_counts(["train"])
+    assert counts[known["a"]] == counts[known["z"]] == 6
+
+
+def test_a_run_that_starts_from_a_run_searches_as_it_did(setting: Callable[..., Any], tmp_path: Any) -> None:
+    one = setting("bart", "translation")
+    one.model.generation_config.no_repeat_ngram_size = 3
+    artifact.save(
+        tmp_path / "model", model=one.model, tokenizer=one.tokenizer, task=one.task, labels=(),
+        base_config=one.model.config.to_dict(), edits=[],
+    )  # fmt: skip
+    again = Pretrained(name=str(tmp_path / "model")).load(one.task, (), seed=0)
+    assert again.generation_config.no_repeat_ngram_size == 3

@@ -71,7 +71,8 @@ class Corpus:
 
     def token_counts(self, splits: Sequence[str]) -> np.ndarray:
         """How often each token stands in these splits, by its number."""
-        columns = [self.features[split].with_format("arrow")[:].column("input_ids") for split in splits]
+        tables = [self.features[split].with_format("arrow")[:] for split in splits]
+        columns = [table.column(name) for table in tables for name in self.task.token_columns]
         numbers = [column.combine_chunks().flatten().to_numpy() for column in columns]
         return np.bincount(np.concatenate(numbers), minlength=len(self.tokenizer))
 

@@ -12,7 +12,7 @@ from niwaki.task.task import Scores, Task
 
 
 def evaluate(
-    model: Any, batches: Iterable[dict[str, Tensor]], task: Task, labels: Sequence[str], tokenizer: Any
+    model: Any, batches: Iterable[dict[str, Tensor]], task: Task, labels: Sequence[str], tokenizer: Any = None
 ) -> Scores:
     """One pass over `batches`, in eval mode, without autocast."""
     device = next(model.parameters()).device

@@ -14,7 +14,7 @@ from torch import Tensor
 from niwaki import artifact
 from niwaki.edits import from_json
 from niwaki.errors import ConfigError
-from niwaki.model.anatomy import Anatomy, adapt
+from niwaki.model.anatomy import Anatomy, adapt, family_of
 from niwaki.model.capture import Flow, Recorder, Seen, outline, recorder_of
 from niwaki.model.embeddings import KeepTokens
 from niwaki.model.load import Pretrained, auto_class, has_segments, located
@@ -236,6 +236,27 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
         refuse_other_labels(place, [config.id2label[i] for i in sorted(config.id2label)], labels, field)
     words: dict[str, int] = spec.tokenizer().get_vocab()
     return words
+
+
+def check_reads(place: str, task: Task, student: Anatomy, field: str) -> None:
+    """Refuse a teacher that cannot read what the student does: fewer tokens, or a decoder that starts from another.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    theirs: Any = Pretrained(name=located(place, field)).config()
+    ours: Any = student.model.config
+    most = family_of(theirs).positions(theirs)
+    for name in ("max_length", "max_target_length"):
+        length = getattr(task, name, 0)
+        if most is not None and length > most:
+            raise ConfigError(f"task.{name}={length}: the teacher {place!r} of {field} reads at most {most} tokens")
+    starts = [getattr(config, "decoder_start_token_id", None) for config in (ours, theirs)]
+    if ours.is_encoder_decoder and theirs.is_encoder_decoder and starts[0] != starts[1]:
+        raise ConfigError(
+            f"{field}={place!r}: its decoder starts from token {starts[1]}, the student's from {starts[0]}; needs a "
+            "teacher that starts from the same"
+        )
 
 
 def refuse_other_labels(place: str, theirs: Sequence[str], labels: Sequence[str], field: str) -> None:

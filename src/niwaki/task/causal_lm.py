@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, until_end
+from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, searched, until_end
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -98,6 +98,10 @@ class CausalLM(Task):
         logits, targets = aligned(outputs, batch)
         return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, label_smoothing=smoothing)
 
+    @property
+    def writing(self) -> dict[str, Any]:
+        return {"max_length": self.max_length, "max_new_tokens": self.max_new_tokens}
+
     def write(self, model: Any, batch: Batch, *, num_beams: int) -> Tensor:
         """The blocks without their last `max_new_tokens` are gone on with, half of a block at least is read; one that
         is too short is left as it is."""
@@ -106,10 +110,7 @@ class CausalLM(Task):
         written = batch["input_ids"].new_full((len(long), new), IGNORED)
         if long.any():
             starts = batch["input_ids"][long, :start]
-            whole = model.generate(
-                input_ids=starts, attention_mask=torch.ones_like(starts), num_beams=num_beams, do_sample=False,
-                max_new_tokens=new,
-            )  # fmt: skip
+            whole = searched(model, starts, torch.ones_like(starts), num_beams=num_beams, new=new)
             found = until_end(whole[:, start:], model)
             written[long] = functional.pad(found, (0, new - found.shape[1]), value=IGNORED)
         return written

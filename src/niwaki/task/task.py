@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
@@ -51,6 +52,7 @@ class Task(abc.ABC):
     head_may_be_new: ClassVar[bool] = False  # where a source has none; it is tied to the embeddings, which are not new
     causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)  # the features that hold tokens
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read
     paper: ClassVar[str] = ""
 
@@ -126,6 +128,11 @@ class Task(abc.ABC):
         """Logits (positions, classes) of the positions that count."""
         return self.counted(outputs, batch)[0]
 
+    @property
+    def writing(self) -> dict[str, Any]:
+        """The settings that `write` goes by."""
+        return {}
+
     def write(self, model: Any, batch: Batch, *, num_beams: int) -> Tensor:
         """What a model writes in answer to a batch, in place of its labels: tokens (rows, tokens), IGNORED where there
         are none. Only tasks that write texts do."""
@@ -163,6 +170,16 @@ def pad(features: list[dict[str, Any]], tokenizer: Any, *, labels: bool = False)
         for name, value in fill.items()
         if name in features[0]
     }
+
+
+def searched(model: Any, ids: Tensor, mask: Tensor, *, num_beams: int, new: int) -> Tensor:
+    """The likeliest of `num_beams` texts that a model writes on or in answer to `ids` (rows, tokens), at most `new`
+    tokens each; what else steers the search is as the model's own generation_config says."""
+    with parametrize.cached():  # chains of links, once for all tokens
+        found: Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, num_beams=num_beams, do_sample=False, max_new_tokens=new
+        )
+    return found
 
 
 def until_end(written: Tensor, model: Any) -> Tensor:

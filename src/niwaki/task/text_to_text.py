@@ -16,7 +16,7 @@ from torch.nn import functional
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
 from niwaki.model.load import DECODER_START
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, until_end
+from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, searched, until_end
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -28,12 +28,13 @@ class TextToText(Task):
 
     `max_length` and `max_target_length`: tokens of a source and of a target, the longest answer included. `prefix`
     stands before every source, as T5 was trained with. `num_beams`: of the search, 1 takes the likeliest token each
-    time.
+    time; what else the model's own generation_config asks for (a penalty of length, no repeats) holds too.
     """
 
     needs: ClassVar[Needs] = Needs(required=("source", "target"))
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     head_learns: ClassVar[bool] = False
+    token_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "num_beams")
 
     max_target_length: int = 128
@@ -48,6 +49,12 @@ class TextToText(Task):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
+        config: Any = anatomy.model.config
+        if getattr(config, "decoder_start_token_id", None) is None:
+            raise ConfigError(
+                f"task={self.name}: the config of this {config.model_type} names no decoder_start_token_id, from which "
+                "a text is written; set model.overrides.decoder_start_token_id, or the field in its config.json"
+            )
         if anatomy.positions is not None and self.max_target_length > anatomy.positions:
             raise ConfigError(
                 f"task.max_target_length={self.max_target_length}: the model writes at most {anatomy.positions} tokens"
@@ -75,18 +82,21 @@ class TextToText(Task):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
 
+    def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+        logits, targets = outputs.logits.flatten(0, 1), batch["labels"].flatten()
+        return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, label_smoothing=smoothing)
+
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         keep = batch["labels"] != IGNORED
         return outputs.logits[keep], batch["labels"][keep]
 
+    @property
+    def writing(self) -> dict[str, Any]:
+        return {"max_target_length": self.max_target_length}
+
     def write(self, model: Any, batch: Batch, *, num_beams: int) -> Tensor:
-        written = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            num_beams=num_beams,
-            do_sample=False,
-            max_new_tokens=self.max_target_length,
-        )
+        given = batch["input_ids"], batch["attention_mask"]
+        written = searched(model, *given, num_beams=num_beams, new=self.max_target_length)
         return until_end(written[:, 1:], model)  # behind the token that the decoder starts from
 
     def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:

@@ -59,8 +59,9 @@ def test_the_answers_are_those_of_the_teachers_search(
         written = model.generate(ids[None, :start], num_beams=num_beams, max_new_tokens=4 if start else 16)[0]
         labels = told["labels"][place]
         found = labels[labels != IGNORED].tolist()
-        assert found == written[start or 1 :].tolist()[: len(found)]
-        assert found
+        whole = written[start or 1 :].tolist()
+        end = model.config.eos_token_id
+        assert found == whole[: whole.index(end) + 1 if end in whole else None]
         if start:
             assert told["input_ids"][place, :start].tolist() == ids[:start].tolist()
             assert told["input_ids"][place, start : start + len(found)].tolist() == found
@@ -99,7 +100,7 @@ def test_the_teacher_writes_once_and_not_at_all_the_next_time(setting: Callable[
 def test_what_changes_a_text_is_another_file(setting: Callable[..., Any], cache: Path) -> None:
     def files(settings: dict[str, Any] | None = None, **fields: Any) -> int:
         one, _, retell = sides(setting, "bart", "translation", **fields)
-        retell._texts._context.task_settings = settings or {}
+        retell._texts._context.writing = settings or {}
         retell(one.numbered())
         return len([path for path in cache.iterdir() if path.is_dir()])
 
@@ -145,6 +146,47 @@ def test_a_whole_run(model: str, tmp_path: Path) -> None:
         folder.mkdir()
         train(recipe, corpus, work, folder)
         finish(recipe, corpus, work, folder)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ["prune/neurons", "compression.neurons.importance=activation", "compression.neurons.schedule=cubic"],
+        ["prune/magnitude,quantize/qat", "compression.magnitude.schedule=cubic"],
+    ],
+    ids=lambda one: one[0],
+)
+def test_other_methods_read_the_texts_of_the_teacher(methods: list[str], tmp_path: Path) -> None:
+    files = {"translation": write_rows(tmp_path)["translation"]}
+    teacher = recipe_of("translation", files["translation"], "seed=1")
+    corpus, work = begin(teacher)
+    save(tmp_path / "teacher", teacher, corpus, work)
+    recipe = recipe_of(
+        "translation", files["translation"], f"compression=[{methods[0]},distill/sequence]", *methods[1:],
+        f"compression.sequence.teacher={tmp_path / 'teacher'}", "compression.sequence.num_beams=2",
+    )  # fmt: skip
+    corpus, work = begin(recipe)
+    train(recipe, corpus, work, tmp_path)
+    finish(recipe, corpus, work, tmp_path)
+
+
+def test_a_text_without_room_to_go_on_is_refused(setting: Callable[..., Any], cache: Path) -> None:
+    one, _, retell = sides(setting, "llama", "causal_lm")
+    one.task = CausalLM(max_length=200, max_new_tokens=5)
+    retell._texts._context.write = one.task.write
+    with pytest.raises(ConfigError, match=r"^compression\.sequence: no block of the training text is long enough"):
+        retell(one.numbered())
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_a_teacher_whose_decoder_starts_elsewhere_is_refused(tmp_path: Path) -> None:
+    files = {"translation": write_rows(tmp_path)["translation"]}
+    teacher = recipe_of("translation", files["translation"], "model=tiny-t5")
+    corpus, work = begin(teacher)
+    save(tmp_path / "teacher", teacher, corpus, work)
+    place = f"compression.logits.teacher={tmp_path / 'teacher'}"
+    with pytest.raises(ConfigError, match="its decoder starts from token 0, the student's from 3"):
+        begin(recipe_of("translation", files["translation"], "compression=distill/logits", place))
 
 
 def test_the_causal_students_run(tmp_path: Path) -> None:

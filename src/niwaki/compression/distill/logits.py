@@ -86,6 +86,12 @@ class Logits(Compared):
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
         taught = [o for o in others if isinstance(o, Distillation) or (isinstance(o, Taught) and o.teachers())]
+        retelling = [o.name for o in taught if not o.adds_term]
+        if self.cache and retelling:
+            return (
+                f"{self.title}.cache=true and {retelling[0]}: what is kept is of the rows as they are, and other texts "
+                "stand in them then; leave it false"
+            )
         if self.cache and taught:
             return (
                 f"{self.title}.cache=true and {taught[0].name}: the teacher runs for the other term anyway; leave it "

@@ -28,8 +28,8 @@ class SequenceLevel(Distillation):
     The teacher writes an answer to each training row once; they are kept on disk, and used again by later runs.
     `num_beams`: of its search (the paper's 5). `share`: of the batches, by chance, whose answers are the teacher's; the
     others keep their own. Every other term of distillation reads the same batches, so that distill/logits beside it is
-    the paper's word-level and sequence-level distillation together. A causal language model reads all but the last
-    task.max_new_tokens of a training block, and the teacher writes as many.
+    the paper's word-level and sequence-level distillation together. A causal language model reads a training block
+    without its last task.max_new_tokens, half of it at least, and the teacher writes the rest, which alone is learned.
     """
 
     paper: ClassVar[str] = "Kim & Rush 2016, arXiv:1606.07947"
@@ -101,7 +101,8 @@ class RememberedTexts(Remembered[Texts]):
         return self.found(batch).of(batch["row"])
 
     def _what(self) -> Any:
-        return {"task": self._context.task_settings, "num_beams": self._num_beams}
+        own = self.teacher.model.generation_config.to_diff_dict()
+        return {"writing": self._context.writing, "num_beams": self._num_beams, "generation": own}
 
     def _read(self, folder: Path) -> Texts:
         return Texts(folder)
@@ -118,4 +119,9 @@ class RememberedTexts(Remembered[Texts]):
                 written[counted].to(torch.int32).cpu().numpy().tofile(tokens)
                 owners.append(moved["row"][:, None].expand_as(written)[counted].cpu())
                 rows += len(written)
+        if not sum(map(len, owners)):
+            raise ConfigError(
+                f"{self._field}: no block of the training text is long enough for a text to be gone on with; lower "
+                "task.max_length"
+            )
         Ragged.write(folder, torch.cat(owners).numpy(), rows)
