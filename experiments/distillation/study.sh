@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs of README.md beside this file. Finished ones are skipped, so it may be stopped and started again.
+# The runs of a study of distillation. Finished ones are skipped, so it may be stopped and started again.
 #
 #   experiments/distillation/study.sh stories STORIES260K TEXT  three of five blocks; TEXT holds train, validation, test.txt
 #   experiments/distillation/study.sh g2p G2P WORDS             sequence-level distillation of a BART that spells words
