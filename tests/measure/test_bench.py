@@ -136,13 +136,13 @@ def test_the_sides_take_turns_to_be_first(composed, monkeypatch):
 
 
 def test_our_loader_is_in_our_time_alone(composed, monkeypatch):
-    kept = Corpus._collate
+    kept = Corpus._drawn
 
-    def slow(self, rows):
+    def slow(self, rows, epoch):
         time.sleep(0.1)
-        return kept(self, rows)
+        return kept(self, rows, epoch)
 
-    monkeypatch.setattr(Corpus, "_collate", slow)
+    monkeypatch.setattr(Corpus, "_drawn", slow)
     result, _, _ = bench.bench_step(*composed(), steps=2, blocks=2)
     assert result["ours_ms"] - result["bare_ms"] > 80
 
