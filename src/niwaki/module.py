@@ -75,10 +75,10 @@ class Learner(pl.LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Before the callbacks see the batch, some of which gather what it makes of the model.
-        if self.retells and self.trainer.training:
-            self._take_randomness()
-        for retell in self.retells if self.trainer.training else ():
-            batch = retell(batch)
+        if self.trainer.training:
+            self._take_randomness()  # which a retelling may draw from
+            for retell in self.retells:
+                batch = retell(batch)
         return batch
 
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> Tensor:

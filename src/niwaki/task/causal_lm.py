@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, searched, until_end
+from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, batched, pad, searched, until_end
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -199,19 +198,8 @@ def parted(ids: list[int], separator: int | None) -> list[list[int]]:
     return pieces
 
 
-class TokenScores(Scores):
-    """perplexity = exp(loss), loss = mean negative log-likelihood over all predicted tokens, in nats."""
-
-    def __init__(self) -> None:
-        self._total = 0.0
-        self._tokens = 0
+class TokenScores(LikelihoodScores):
+    """Of every token that is predicted from those before it."""
 
     def update(self, outputs: Any, batch: Batch) -> None:
-        logits, targets = aligned(outputs, batch)
-        loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-        self._total += float(loss)
-        self._tokens += int((targets != IGNORED).sum())
-
-    def compute(self) -> dict[str, float]:
-        loss = self._total / self._tokens
-        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+        self.add(*aligned(outputs, batch))

@@ -4,19 +4,17 @@ each epoch (Liu et al. 2019, arXiv:1907.11692); text packed in blocks."""
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
-from torch.nn import functional
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.causal_lm import DOCUMENTS_AT_ONCE, documents
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, batched, pad
 
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or any token; the others stay
 WRITTEN = "[MASK]"  # how a mask may be written in a text, whatever the tokenizer calls it
@@ -217,21 +215,17 @@ def filled(chances: Sequence[float], tokens: Sequence[int], tokenizer: Any) -> l
     ]
 
 
-class MaskScores(Scores):
-    """perplexity = exp(loss), loss = mean negative log-likelihood over all hidden tokens, in nats; accuracy, the share
-    of them that the model finds likeliest."""
+class MaskScores(LikelihoodScores):
+    """Of every hidden token; and accuracy, the share of them that the model finds likeliest."""
 
     def __init__(self) -> None:
-        self._total = 0.0
+        super().__init__()
         self._right = 0
-        self._tokens = 0
 
     def update(self, outputs: Any, batch: Batch) -> None:
         logits, targets = hidden(outputs, batch)
-        self._total += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        self.add(logits, targets)
         self._right += int((logits.argmax(-1) == targets).sum())
-        self._tokens += len(targets)
 
     def compute(self) -> dict[str, float]:
-        loss = self._total / self._tokens
-        return {"perplexity": math.exp(min(loss, 700.0)), "accuracy": self._right / self._tokens, "loss": loss}
+        return {**super().compute(), "accuracy": self._right / self._tokens}

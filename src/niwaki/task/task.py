@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -38,6 +39,23 @@ class Scores(abc.ABC):
     def report(self) -> dict[str, Any]:
         """What is more than a number (a table per class), for metrics.json."""
         return {}
+
+
+class LikelihoodScores(Scores):
+    """perplexity = exp(loss), loss = mean negative log-likelihood over all positions that count, in nats."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._tokens = 0
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Take logits (positions, classes) and targets (positions,), IGNORED where none counts."""
+        self._total += float(functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum"))
+        self._tokens += int((targets != IGNORED).sum())
+
+    def compute(self) -> dict[str, float]:
+        loss = self._total / self._tokens
+        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
 
 
 @dataclass(frozen=True, kw_only=True)

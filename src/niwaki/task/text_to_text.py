@@ -4,7 +4,6 @@ arXiv:1409.3215)."""
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +15,7 @@ from torch.nn import functional
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
 from niwaki.model.load import DECODER_START
-from niwaki.task.task import IGNORED, Batch, Rows, Scores, Task, batched, pad, searched, until_end
+from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, batched, pad, searched, until_end
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -154,28 +153,19 @@ def texts_of(tokens: Tensor, tokenizer: Any) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
-class TextScores(Scores):
-    """The mean negative log-likelihood of the tokens of the targets, `loss` in nats, and `perplexity` = exp(loss); and
-    pairs of what was written and what should have been."""
+class TextScores(LikelihoodScores):
+    """Of every token of the targets; and pairs of what was written and what should have been."""
 
     def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
-        self._total = 0.0
-        self._tokens = 0
         self.written: list[str] = []
         self.references: list[str] = []
 
     def update(self, outputs: Any, batch: Batch) -> None:
-        logits, targets = outputs.logits.flatten(0, 1), batch["labels"].flatten()
-        loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-        self._total += float(loss)
-        self._tokens += int((targets != IGNORED).sum())
+        self.add(outputs.logits.flatten(0, 1), batch["labels"].flatten())
 
     def compare(self, written: Tensor, references: Tensor) -> None:
         """Take what was written, tokens (rows, tokens), and the references as bytes of UTF-8 (rows, bytes)."""
         self.written += texts_of(written, self._tokenizer)
         self.references += [bytes(byte for byte in row if byte).decode() for row in references.tolist()]
-
-    def compute(self) -> dict[str, float]:
-        loss = self._total / self._tokens
-        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
