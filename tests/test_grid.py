@@ -95,7 +95,7 @@ def should_learn(tuning: str, name: str, head_learns: bool, top: str) -> bool:
     in_head = any(part in name for part in ("classifier", "pooler")) and head_learns
     own = {
         "full": True,
-        "head": in_head or any(part in name for part in TIED_HEADS),
+        "head": in_head or (not head_learns and any(part in name for part in TIED_HEADS)),
         "bitfit": in_head or (name.endswith(".bias") and not name.startswith("cls.")),
         "adapter": in_head or ".adapter." in name or is_block_norm(name),
         "adapter_pfeiffer": in_head or ".adapter." in name,
