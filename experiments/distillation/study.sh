@@ -52,7 +52,7 @@ all_methods() { # STUDY BLOCKS SEEDS
   for seed in ${3//,/ }; do # the second stage goes on from the first
     first=logs/distillation-$1-tinybert/seed=$seed/model
     [[ $3 == *,* ]] || first=logs/distillation-$1-tinybert/run/model
-    sweep jsonl "distillation-$1-tinybert-answers-$seed" model=pretrained "model.name=$first" "${task[@]}" \
+    sweep jsonl "distillation-$1-tinybert-answers-$seed" model=pretrained "model.name='$first'" "${task[@]}" \
       compression=distill/logits compression.logits.teacher=$teacher compression.logits.temperature=1 \
       compression.logits.cache=true task_weight=0 trainer.max_epochs=6 "seed=$seed"
   done
@@ -70,7 +70,7 @@ one_after_the_other() {
   done
 }
 after() { # SEED ENDING METHODS MORE...: the second and the third step
-  sweep jsonl "distillation-after-pruned$2-$1" model=pretrained "model.name=$tuned" tuning=lora optimizer.lr=2e-3 \
+  sweep jsonl "distillation-after-pruned$2-$1" model=pretrained "model.name='$tuned'" tuning=lora optimizer.lr=2e-3 \
     "compression=[prune/movement$3]" compression.movement.sparsity=0.9 compression.movement.start=magnitude \
     trainer.max_epochs=6 "seed=$1" "${@:4}"
   sweep jsonl "distillation-after-quantized$2-$1" model=pretrained \
