@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
     from niwaki.data.corpus import Corpus
     from niwaki.recipe import Recipe
+
+
+def notice(text: str) -> None:
+    """A line about something that takes its time; a progress bar stays below it."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Console:

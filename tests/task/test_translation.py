@@ -144,7 +144,7 @@ def test_padding_of_the_decoder_changes_no_importance(setting: Callable[..., Any
     for extra in (0, 7):
         batch = one.batch()
         labels = torch.nn.functional.pad(batch["labels"], (0, extra), value=IGNORED)
-        batch |= told(labels, int(batch["decoder_input_ids"][0, 0]))
+        batch |= told(labels, batch["decoder_input_ids"][:, :1])
         context = one.context()
         context.calibration = lambda _, batch=batch: [batch]
         found.append(measure(one.model, units, "activation", 4, context))

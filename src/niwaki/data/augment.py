@@ -189,9 +189,9 @@ def augment_command(
     rows = read_rows(file, columns)
     if output.exists() and output.samefile(file):
         raise ConfigError(f"--output {output}: is the file that is read; choose another name")
-    device, count = proposals.chosen_device(device), 0
+    proposer, count = proposals.load(model, proposals.chosen_device(device)), 0
     with whole_file(output) as stream:
-        for count, row in enumerate(settings.augment(rows, proposals.load(model, device), batch_size), start=1):  # noqa: B007
+        for count, row in enumerate(settings.augment(rows, proposer, batch_size), start=1):  # noqa: B007
             named = {columns.get(name, name): value for name, value in row.items()}
             print(json.dumps(named, ensure_ascii=False), file=stream)
         if not count:

@@ -24,7 +24,6 @@ from niwaki.measure.sensitivity import MEASURED, Plan, Record, replace_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PACKED = ("causal_lm", "masked_lm")  # tasks whose rows are blocks
 NAMES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
 
 
@@ -125,6 +124,7 @@ def measured(probe: Probe, plan: Plan, output: Path) -> tuple[dict[str, Any], di
     sizes = {name: saved.model.get_submodule(name).weight.numel() for names in groups.values() for name in names}
     facts = {
         "schema": 1, "task": saved.task.name, "metric": probe.metric, "mode": saved.task.mode, "rows": probe.rows,
+        "row": "block" if saved.task.whole else "row",
         "origin": probe.origin, "score": "magnitude", "unit": plan.unit, "sparsities": list(plan.sparsities),
         "base": record.base, "units": {
             unit: {
@@ -194,7 +194,7 @@ def markdown(facts: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
         for unit, known in facts["units"].items()
     ]
     what = (
-        f"{metric} on {facts['rows']:,} {'blocks' if facts['task'] in PACKED else 'rows'} ({facts['origin']}): "
+        f"{metric} on {facts['rows']:,} {facts['row']}s ({facts['origin']}): "
         f"{number(metric, base)} as it is. Each number below is the change when that {facts['unit']} alone loses its "
         "smallest weights, without training; one measurement each, so changes of a few rows are noise."
     )

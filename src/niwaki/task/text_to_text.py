@@ -74,7 +74,7 @@ class TextToText(Task):
         batch = pad([{"input_ids": row["input_ids"]} for row in features], tokenizer)
         if "labels" in features[0]:
             start = tokenizer.convert_tokens_to_ids(tokenizer.init_kwargs[DECODER_START])
-            batch |= told(filled([row["labels"] for row in features], IGNORED), start)
+            batch |= told(filled([row["labels"] for row in features], IGNORED), torch.full((len(features), 1), start))
             batch["reference"] = filled([row["reference"] for row in features], 0)
         return batch
 
@@ -99,7 +99,7 @@ class TextToText(Task):
         return until_end(written[:, 1:], model)  # behind the token that the decoder starts from
 
     def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:
-        return {**batch, **told(written, int(batch["decoder_input_ids"][0, 0]))}
+        return {**batch, **told(written, batch["decoder_input_ids"][:, :1])}
 
     def score(self, scores: Scores, model: Any, batch: Batch) -> None:
         super().score(scores, model, batch)
@@ -136,14 +136,14 @@ def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def told(labels: Tensor, start: int) -> dict[str, Tensor]:
+def told(labels: Tensor, start: Tensor) -> dict[str, Tensor]:
     """`labels` (rows, tokens), which of them count, and what the decoder reads to predict them: the same one place
-    later, behind the token `start`, which also stands where no later prediction counts."""
-    read = functional.pad(labels[:, :-1], (1, 0), value=start)
+    later, behind the token `start` (rows, 1), which also stands where no later prediction counts."""
+    read = torch.cat([start, labels[:, :-1]], 1)
     return {
         "labels": labels,
         "decoder_attention_mask": (labels != IGNORED).long(),
-        "decoder_input_ids": read.masked_fill(read == IGNORED, start),
+        "decoder_input_ids": torch.where(read == IGNORED, start, read),
     }
 
 

@@ -72,7 +72,9 @@ def test_the_loss_is_that_of_the_teacher_itself(
     assert any(p.grad is not None and bool(p.grad.any()) for p in one.model.parameters())
 
 
-def test_the_teacher_runs_once_for_each_row_and_not_at_all_the_next_time(setting: Callable[..., Any]) -> None:
+def test_the_teacher_runs_once_for_each_row_and_not_at_all_the_next_time(
+    setting: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     for expected in (1, 0):
         one, teacher, terms = sides(setting, "bert", "classification")
         calls = []
@@ -81,6 +83,7 @@ def test_the_teacher_runs_once_for_each_row_and_not_at_all_the_next_time(setting
         for _ in range(3):
             terms[True](one.model(**one.task.inputs(batch)), batch)
         assert len(calls) == expected
+        assert capsys.readouterr().err.count("its teacher answers each training row once") == expected
 
 
 def test_the_model_of_the_teacher_is_let_go_once_all_is_known(setting: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor
 
 import niwaki
+from niwaki.console import notice
 from niwaki.data.encode import cache_folder
 from niwaki.errors import ConfigError
 from niwaki.model.teacher import Teacher
@@ -75,6 +76,7 @@ class Remembered(abc.ABC, Generic[Found]):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 if not path.is_dir():
+                    notice(f"{self._field}: its teacher answers each training row once; kept in {folder}")
                     self._write(path, device)
                     remove_oldest(folder, path)
             path.touch()
