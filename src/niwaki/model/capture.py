@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from niwaki.weights import Packed
 
 NAME = "recorder"  # of what a model, and each attention of it, knows its recorder by
 PROBE = "niwaki_capture_probe"
+_ASIDE: ContextVar[bool] = ContextVar("aside", default=False)
 
 
 @dataclass
@@ -224,14 +226,22 @@ def recorder_of(anatomy: Anatomy) -> Recorder:
 
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
-    """What was seen of the model before stays, whatever passes go through it meanwhile."""
+    """What was seen of the model before stays, whatever passes go through it meanwhile, and what gathers something of
+    the batches of the fit gathers nothing of them."""
     recorder: Recorder | None = model.__dict__.get(NAME)
     before = recorder.seen if recorder else None
+    token = _ASIDE.set(True)
     try:
         yield
     finally:
+        _ASIDE.reset(token)
         if recorder:
             recorder.seen = before
+
+
+def passes_aside() -> bool:
+    """Whether a forward pass is of other texts than the batch of the fit."""
+    return _ASIDE.get()
 
 
 def tells_attention(anatomy: Anatomy) -> bool:

@@ -34,6 +34,11 @@ class Taught(Protocol):
     precision: Precision | None  # that it runs in; null: fp32, or what another stage with the same teacher says
     own_tokens: ClassVar[bool]  # whether the teacher reads the rows in tokens of its own, which differ
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that it makes for the teacher to read, beside the rows; else 0."""
+        ...
+
     def teachers(self) -> dict[str, str]:
         """The fields of the config that name a teacher, and the hub name, folder or artifact that each names."""
         ...
@@ -238,8 +243,9 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
     return words
 
 
-def check_reads(place: str, task: Task, student: Anatomy, field: str) -> None:
-    """Refuse a teacher that cannot read what the student does: fewer tokens, or a decoder that starts from another.
+def check_reads(place: str, task: Task, student: Anatomy, field: str, stage: Taught) -> None:
+    """Refuse a teacher that cannot read what the student does, or what a stage makes for it: fewer tokens, or a decoder
+    that starts from another.
 
     Raises:
         ConfigError: one of these.
@@ -251,8 +257,12 @@ def check_reads(place: str, task: Task, student: Anatomy, field: str) -> None:
         length = getattr(task, name, 0)
         if most is not None and length > most:
             raise ConfigError(f"task.{name}={length}: the teacher {place!r} of {field} reads at most {most} tokens")
+    if most is not None and stage.longest_text > most:
+        raise ConfigError(
+            f"{field}={place!r}: reads at most {most} tokens, and is to read texts of {stage.longest_text}"
+        )
     starts = [getattr(config, "decoder_start_token_id", None) for config in (ours, theirs)]
-    if ours.is_encoder_decoder and theirs.is_encoder_decoder and starts[0] != starts[1]:
+    if not stage.own_tokens and ours.is_encoder_decoder and theirs.is_encoder_decoder and starts[0] != starts[1]:
         raise ConfigError(
             f"{field}={place!r}: its decoder starts from token {starts[1]}, the student's from {starts[0]}; needs a "
             "teacher that starts from the same"

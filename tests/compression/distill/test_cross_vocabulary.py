@@ -144,6 +144,12 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(tmp_path: Path, t
         run("logits", teacher)
     with pytest.raises(ConfigError, match="has the student's vocabulary; use distill/logits"):
         run("cross_vocabulary", student)
+    short = folder(
+        tmp_path / "short", family, task, unigram(), num_labels=2, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1},
+        max_position_embeddings=12,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^task\.max_length=16: the teacher .* reads at most 12 tokens"):
+        run("cross_vocabulary", short)
     assert run("cross_vocabulary", teacher, "task_weight=0")["parity"] == 0.0
     learned = artifact.load(tmp_path / "run" / "model").model
     before = dict(type(learned).from_pretrained(student).named_parameters())

@@ -46,6 +46,11 @@ class Distillation(Stage):
         """`compression.hidden`: its place in a config."""
         return title_of(self)
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that it makes for the teacher to read, beside the rows."""
+        return 0
+
     def teachers(self) -> dict[str, str]:
         """The fields that name a teacher, and where it is."""
         return {f"{self.title}.teacher": self.teacher} if self.teacher else {}
