@@ -8,9 +8,11 @@
 #   experiments/distillation/study.sh students SST2             three and two of its six blocks, by each method
 #   experiments/distillation/study.sh ner CONLL                 a teacher of names and three of its blocks, by each method
 #   experiments/distillation/study.sh combined SST2             LoRA, 90% zeros and 8 bits: at once, and one after the other
-#   experiments/distillation/study.sh speed SST2                the clock and the file of six, three and two blocks
+#   experiments/distillation/study.sh speed SST2                the clock and the file of three and two blocks
+#   experiments/distillation/study.sh cache SST2                a step with the teacher's answers kept, asked for, and without
 #
-# SST2, CONLL and WORDS are folders with train, validation and test.jsonl.
+# SST2, CONLL and WORDS are folders with train, validation and test.jsonl. `speed` and `cache` take time: let nothing run
+# beside them.
 set -euo pipefail
 what=${1:-} data=${*: -1}
 [ ! -d "$data" ] || data=$(realpath "$data")
@@ -103,6 +105,12 @@ case $what in
     sweep jsonl distillation-ner-teacher "${task[@]}" seed=0
     all_methods ner '[1,3,5]' 0
     ;;
+  speed)
+    for blocks in '[1,3,5]' '[2,5]'; do
+      cut "speed-${blocks//[^0-9]/}" "$blocks" 0 "" trainer.max_epochs=0 measure=full
+    done
+    ;;
+  cache) .venv/bin/python experiments/distillation/cache.py $teacher "$data" ;;
   combined)
     taught=(compression.logits.teacher=$teacher)
     combined without lora 2e-3 ""
@@ -111,7 +119,7 @@ case $what in
     combined full full 1e-4 ,distill/logits,distill/hidden "${taught[@]}"
     ;;
   *)
-    echo "$what: needs stories, g2p, g2p_t5, teacher, students, ner or combined" >&2
+    echo "$what: needs stories, g2p, g2p_t5, teacher, students, ner, speed, cache or combined" >&2
     exit 2
     ;;
 esac
