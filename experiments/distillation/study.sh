@@ -18,9 +18,9 @@ what=${1:-} data=${*: -1}
 [ ! -d "$data" ] || data=$(realpath "$data")
 [ $# -lt 3 ] || model=$(realpath "$2")
 cd "$(dirname "$0")/../.."
-sweep() { # ENDING STUDY MORE...
+sweep() { # ENDING STUDY MORE...: no best step is kept, so validation within a fit would tell nothing
   .venv/bin/python train.py -m study="$2" data=files "data.train=$data/train.$1" "data.validation=$data/validation.$1" \
-    "data.test=$data/test.$1" logger=none measure=scores 'callbacks=[]' "${@:3}"
+    "data.test=$data/test.$1" logger=none measure=scores 'callbacks=[]' trainer.limit_validation_batches=1 "${@:3}"
 }
 stories() { # STUDY TERM MORE...
   sweep txt "distillation-stories-$1" task=causal_lm model=pretrained model.name="$model" task.max_length=512 \
