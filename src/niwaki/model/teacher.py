@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from niwaki import artifact
+from niwaki.data.encode import source_of
 from niwaki.edits import from_json
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy, adapt, family_of
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["fp32", "bf16", "int8"]
+ELSEWHERE = ("_name_or_path", "name_or_path", "transformers_version")  # what no answer depends on
 
 
 @runtime_checkable
@@ -117,10 +122,17 @@ class Teacher:
             del self.model, self.anatomy
 
     def fingerprint(self) -> str:
-        """sha256 of all that it computes with."""
+        """sha256 of all that it computes with: tensors, settings, code. Many a setting changes no tensor, such as the
+        number of heads or the activation."""
         from niwaki.tuning.beside import fingerprint
 
-        return fingerprint(self.model.state_dict(), ())
+        config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in ELSEWHERE}
+        modules = [(name, type(part).__qualname__, settings_of(part)) for name, part in self.model.named_modules()]
+        kinds = {kind.__module__ for part in self.model.modules() for kind in type(part).__mro__}
+        code = source_of(sorted(kind for kind in {__name__, *kinds} if kind.partition(".")[0] == "niwaki"))
+        versions = [version(package) for package in ("torch", "transformers", "peft")]
+        told = [fingerprint(self.model.state_dict(), ()), config, modules, code, versions]
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
     @contextmanager
     def asked(self, device: torch.device) -> Iterator[Any]:
@@ -145,6 +157,21 @@ class Teacher:
         if self._recorder is not None:
             seen, self._recorder.seen = self._recorder.seen, None
         return Said(outputs, seen, batch)
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a module computes with beside tensors and modules: its plain attributes."""
+    found = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in ELSEWHERE}
+    return {name: value for name, value in found.items() if is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a text, or a collection of such."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, (*value, *value.values())))
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def to_int8(anatomy: Anatomy, field: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import threading
 import weakref
@@ -34,9 +35,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "answers"
 
 
-def sides(setting: Callable[..., Any], family: str, task: str, **fields: Any) -> tuple[Any, Any, dict[bool, Any]]:
-    """A student, a teacher, and their terms: without a cache and with one."""
-    one, other = setting(family, task), setting(family, task, seed=1)
+def sides(
+    setting: Callable[..., Any], family: str, task: str, overrides: dict[str, Any] | None = None, **fields: Any
+) -> tuple[Any, Any, dict[bool, Any]]:
+    """A student, a teacher (with `overrides` of its config), and their terms: without a cache and with one."""
+    one, other = setting(family, task), setting(family, task, seed=1, overrides=overrides or {})
     for parameter in other.model.parameters():
         parameter.data *= 3
     teacher = Teacher(other.model)  # with a cache
@@ -121,6 +124,35 @@ def test_what_changes_an_answer_is_another_file(setting: Callable[..., Any], cac
     assert made(top_k=1) == 6
     assert made(top_k=1, temperature=1.0) == 7
     assert made(temperature=1.0) == 7  # all logits are there
+    assert made(overrides={"hidden_act": "relu"}) == 8  # the same tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "setting_of", "value"),
+    [
+        ("bert", "hidden_act", "relu"), ("bert", "num_attention_heads", 2), ("bert", "layer_norm_eps", 0.1),
+        ("modernbert", "local_attention", 4), ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 5.0}),
+    ],
+)  # fmt: skip
+def test_a_setting_that_changes_no_tensor_makes_another_teacher(
+    setting: Callable[..., Any], family: str, setting_of: str, value: Any
+) -> None:
+    one, same, other = (setting(family, overrides=o).model for o in ({}, {}, {setting_of: value}))
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    same.config._name_or_path = "elsewhere"
+    assert Teacher(one).fingerprint() == Teacher(same).fingerprint() != Teacher(other).fingerprint()
+
+
+def test_other_code_gives_other_answers(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = inspect.getsource
+    for number, changed in enumerate((None, "divergence", "answers", "remembered", "states", "teacher"), start=1):
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", lambda m, c=changed: read(m) + "#" * m.__name__.endswith(f".{c}"))
+            one, _, terms = sides(setting, "bert", "classification")
+            terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+        assert len([path for path in cache.iterdir() if path.is_dir()]) == number
 
 
 def test_all_logits_serve_any_temperature_and_the_likeliest_one() -> None:

@@ -17,8 +17,9 @@ from filelock import FileLock
 from torch import Tensor
 
 import niwaki
+from niwaki.compression.distill import divergence, states
 from niwaki.console import notice
-from niwaki.data.encode import cache_folder
+from niwaki.data.encode import cache_folder, source_of
 from niwaki.errors import ConfigError
 from niwaki.model.teacher import Teacher
 from niwaki.stage import Context
@@ -33,9 +34,9 @@ class Remembered(abc.ABC, Generic[Found]):
     """A teacher whose answers to the training rows are looked up: computed in one pass when they are first asked for,
     under the precision of that moment, unless a run has done so before. After that the teacher does not run.
 
-    The name of the file is a digest of the teacher's weights, the encoded rows, the precision and what is kept, so that
-    another of these has another file. Processes that want the same one wait for the first. `field`: the setting that
-    asks for it, for errors.
+    The name of the file is a digest of the teacher (weights, settings, code), the encoded rows, the precision and what
+    is kept, so that another of these has another file. Processes that want the same one wait for the first. `field`:
+    the setting that asks for it, for errors.
     """
 
     def __init__(self, teacher: Teacher, context: Context, field: str) -> None:
@@ -86,7 +87,9 @@ class Remembered(abc.ABC, Generic[Found]):
 
     def _key(self, device: torch.device) -> str:
         cast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
-        told = [niwaki.__version__, self.teacher.fingerprint(), self.teacher.precision, cast, device.type]
+        kinds = [kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Remembered)]
+        code = source_of([*kinds, divergence.__name__, states.__name__])
+        told = [niwaki.__version__, code, self.teacher.fingerprint(), self.teacher.precision, cast, device.type]
         return hashlib.sha256(json.dumps([*told, self._what(), self._context.training_key()]).encode()).hexdigest()
 
     def _write(self, path: Path, device: torch.device) -> None:
