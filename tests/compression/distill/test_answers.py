@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from lifecycle import begin, look, recipe_of, write_rows, write_teachers
 
 from niwaki.compression.distill import remembered
-from niwaki.compression.distill.answers import Kept
+from niwaki.compression.distill.answers import Kept, RememberedLogits
 from niwaki.compression.distill.hidden import Hidden
 from niwaki.compression.distill.logits import Logits, softened_divergence
 from niwaki.compression.distill.remembered import remove_oldest, spans
@@ -207,14 +209,89 @@ def test_a_pass_that_breaks_off_leaves_nothing(
     terms[True](one.model(**one.task.inputs(batch)), batch)
 
 
-def test_the_oldest_answers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def aged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four answers, d the oldest, and room for two."""
     monkeypatch.setattr(remembered, "LARGEST", 25)
     for age, name in enumerate("dcba"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "values").write_bytes(b"0123456789")
-        os.utime(tmp_path / name, (1000 + age, 1000 + age))
-    remove_oldest(tmp_path, tmp_path / "d")
-    assert sorted(path.name for path in tmp_path.iterdir() if len(path.name) == 1) == ["a", "d"]
+        (tmp_path / "four" / name).mkdir(parents=True)
+        (tmp_path / "four" / name / "values").write_bytes(b"0123456789")
+        os.utime(tmp_path / "four" / name, (1000 + age, 1000 + age))
+    return tmp_path / "four"
+
+
+def folders(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.is_dir())
+
+
+def test_the_oldest_answers_go_first(aged: Path) -> None:
+    remove_oldest(aged, aged / "d")
+    assert folders(aged) == ["a", "d"]
+
+
+def test_answers_that_a_process_opens_just_now_stay(aged: Path) -> None:
+    with FileLock(aged / "c.lock"):
+        remove_oldest(aged, aged / "d")
+    assert folders(aged) == ["c", "d"]
+
+
+def test_answers_that_another_process_takes_away_meanwhile(aged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Path.is_dir
+
+    def and_lose(path: Path) -> bool:
+        found = look(path)
+        if path.name == "b":
+            shutil.rmtree(path, ignore_errors=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", and_lose)
+        remove_oldest(aged, aged / "d")
+    assert folders(aged) == ["a", "d"]
+
+
+def test_they_are_opened_under_their_lock_and_count_as_used(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, locked = RememberedLogits._read, []
+
+    def reading(answers: RememberedLogits, folder: Path) -> Any:
+        with pytest.raises(Timeout), FileLock(f"{folder}.lock", blocking=False):
+            pass
+        locked.append(folder)
+        return read(answers, folder)
+
+    monkeypatch.setattr(RememberedLogits, "_read", reading)
+    for _ in range(2):
+        one, _, terms = sides(setting, "bert", "classification")
+        terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+        (folder,) = set(locked)
+        assert folder.stat().st_mtime > 1000
+        os.utime(folder, (1000, 1000))
+    assert len(locked) == 2
+
+
+def test_what_was_taken_away_does_not_come_back_as_a_file(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _, terms = sides(setting, "bert", "classification")
+    monkeypatch.setattr(remembered, "remove_oldest", lambda _, path: shutil.rmtree(path))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_pass_left_goes_with_the_next_one(setting: Callable[..., Any], cache: Path) -> None:
+    for left in (False, True):
+        one, _, terms = sides(setting, "bert", "classification")
+        terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+        if not left:
+            (name,) = folders(cache)
+            shutil.rmtree(cache / name)
+            for stale in (f".{name}.x", ".another.y"):
+                (cache / stale).mkdir()
+                (cache / stale / "values.f32").write_bytes(b"0")
+    assert folders(cache) == [".another.y", name]
 
 
 def test_a_disk_without_room_is_refused(
