@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -194,14 +195,19 @@ def the_one(stages: Sequence[Any]) -> str:
     return next(stage.teacher for stage in stages if isinstance(stage, Taught) and stage.teacher)
 
 
+def plainly(place: str) -> str:
+    """The place of a teacher in the one way to write it: `a`, `a/` and `./a` are one teacher."""
+    return os.path.normpath(os.path.expanduser(place))
+
+
 def places_of(stage: Any, stages: Sequence[Any]) -> set[str]:
-    """Where the teachers of a stage are, one that others name among them."""
-    return {*stage.teachers().values(), stage.teacher or the_one(stages)}
+    """Where the teachers of a stage are, `plainly`, one that others name among them."""
+    return set(map(plainly, (*stage.teachers().values(), stage.teacher or the_one(stages))))
 
 
 def precision_of(place: str, stages: Sequence[Any]) -> Precision:
     """What a teacher runs in: what the stages that share it say, else fp32."""
-    sharing = [s for s in stages if isinstance(s, Taught) and place in places_of(s, stages)]
+    sharing = [s for s in stages if isinstance(s, Taught) and plainly(place) in places_of(s, stages)]
     return next((s.precision for s in sharing if s.precision), "fp32")
 
 
@@ -307,15 +313,17 @@ class Teachers:
     def __call__(self, place: str | None, field: str) -> Teacher:
         """The teacher at a place (null: the one that the stages name), for one more term."""
         place = place or the_one(self._stages)
-        if place not in self._teachers:
-            if any(stage.own_tokens and stage.teacher == place for stage in self._stages if isinstance(stage, Taught)):
+        name = plainly(place)
+        if name not in self._teachers:
+            strangers = [stage for stage in self._stages if isinstance(stage, Taught) and stage.own_tokens]
+            if any(name in places_of(stage, self._stages) for stage in strangers):
                 check_stranger(place, self._task, self._labels, self._vocabulary, field)
                 model = loaded(located(place, field), self._task, field)
             else:
                 model = load_teacher(place, self._task, self._labels, self._vocabulary, field, self._uncut)
-            self._teachers[place] = Teacher(model, precision_of(place, self._stages), field)
-        self._teachers[place].terms += 1
-        return self._teachers[place]
+            self._teachers[name] = Teacher(model, precision_of(place, self._stages), field)
+        self._teachers[name].terms += 1
+        return self._teachers[name]
 
 
 def outline_of_teacher(place: str, task: Task, labels: Sequence[str]) -> Seen:

@@ -317,6 +317,24 @@ def test_nothing_is_kept_of_tokens_that_are_hidden_anew_in_each_epoch(tmp_path: 
 def test_a_term_that_needs_the_teacher_anyway() -> None:
     with pytest.raises(ConfigError, match=r"logits\.cache=true and distill/hidden: the teacher runs for the other"):
         refuse_conflicts([Logits(teacher="x", cache=True), Hidden()])
+    for place in ("x", "x/", "./x"):
+        with pytest.raises(ConfigError, match="the teacher runs for the other term anyway"):
+            refuse_conflicts([Hidden(teacher=place), Logits(teacher="x", cache=True)])
+
+
+def test_a_term_with_another_teacher_leaves_the_answers_as_they_are(setting: Callable[..., Any]) -> None:
+    refuse_conflicts([Logits(teacher="x", cache=True), Hidden(teacher="y")])
+    (one, _, terms), third = sides(setting, "bert", "classification"), setting(seed=2)
+    live = Teacher(third.model)
+    live.terms = 1
+    context = one.context(load_teacher=lambda *_: live)
+    (hidden,) = Hidden(teacher="y").prepare(one.model, context).terms.values()
+    batch, found = one.numbered(), []
+    for _ in range(2):
+        outputs = one.model(**one.task.inputs(batch))
+        found.append((terms[True](outputs, batch).item(), hidden(outputs, batch).item()))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(terms[False](outputs, batch).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["classification", "ner", "causal_lm"])

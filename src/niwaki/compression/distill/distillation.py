@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import Flow, Recorder, Seen, outline, recorder_of, refuse_attention
-from niwaki.model.teacher import Precision, Said, Taught, Teacher, places_of
+from niwaki.model.teacher import Precision, Said, Taught, Teacher, places_of, plainly
 from niwaki.stage import Context, Effects, Phase, Stage
 
 Compare = Callable[[Said, Said, Mapping[str, Tensor]], Tensor]
@@ -52,7 +52,7 @@ class Distillation(Stage):
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
         terms = [other for other in others if isinstance(other, Taught)]
-        named = sorted({term.teacher for term in terms if term.teacher})
+        named = sorted({plainly(term.teacher) for term in terms if term.teacher})
         if self.teacher is None and len(named) != 1:
             why = f", since the other terms have different ones ({' and '.join(named[:2])})" if named else ""
             return f"{self.title}.teacher: needs a hub name, a folder, or an artifact of this project{why}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from niwaki.compression.distill.answers import Kept, RememberedLogits, Remembere
 from niwaki.compression.distill.distillation import Compared, Distillation, Lesson, Term
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import Said, Taught, Teacher, the_one
+from niwaki.model.teacher import Said, Taught, Teacher, places_of, plainly, the_one
 from niwaki.stage import Context, Effects, Stage
 
 
@@ -76,7 +75,7 @@ class Logits(Compared):
 
     def twice(self, others: Sequence[Stage]) -> str | None:
         """Say so where a teacher would count twice in the mean."""
-        places = [os.path.normpath(place) for place in (self.teacher or the_one(others), *(self.more_teachers or ()))]
+        places = [plainly(place) for place in (self.teacher or the_one(others), *(self.more_teachers or ()))]
         again = [place for number, place in enumerate(places) if place in places[:number]]
         return f"{self.title}.more_teachers: {again[0]!r} stands twice; once is enough" if again else None
 
@@ -92,12 +91,17 @@ class Logits(Compared):
                 f"{self.title}.cache=true and {retelling[0]}: what is kept is of the rows as they are, and other texts "
                 "stand in them then; leave it false"
             )
-        if self.cache and taught:
-            return (
-                f"{self.title}.cache=true and {taught[0].name}: the teacher runs for the other term anyway; leave it "
-                "false"
-            )
-        return super().conflict(others) or (self.twice(others) if self.more_teachers else None)
+        if reason := super().conflict(others):
+            return reason
+        if self.cache:
+            own = places_of(self, others)
+            sharing = [other.name for other in taught if own & places_of(other, [self, *others])]
+            if sharing:
+                return (
+                    f"{self.title}.cache=true and {sharing[0]}: the teacher runs for the other term anyway; leave it "
+                    "false"
+                )
+        return self.twice(others) if self.more_teachers else None
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if self.cache and anatomy.fills_in:
