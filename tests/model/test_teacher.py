@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,35 @@ def test_the_outline_of_a_tuned_and_rounded_artifact(
         seen = outline_of_teacher(str(tmp_path / "model"), setting().task, ("n", "y"))
     assert [(flow.blocks, flow.states[1].shape) for flow in seen.flows] == [(3, (1, 3, 32))]
     assert [kept.query.shape for kept in seen.flows[0].attentions] == [(1, 4, 3, 8)] * 3
+
+
+def test_what_was_said_is_let_go_when_all_have_asked_but_those_that_only_say(setting: Callable[..., Any]) -> None:
+    one = setting()
+    teacher = Teacher(one.model)
+    teacher.terms = 3
+    teacher.only_say()
+    for _ in range(2):
+        batch = one.batch()
+        said = teacher(batch)
+        assert teacher._said is said
+        assert teacher(batch) is said
+        assert teacher._said is teacher._batch is None
+    teacher.let_go()  # of the one that said
+    teacher(batch)
+    assert teacher._said is not None
+
+
+def test_what_was_said_before_is_gone_while_the_next_is_made(
+    setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setting()
+    teacher = Teacher(one.model)
+    teacher.terms = 2
+    before = weakref.ref(teacher(one.batch()).outputs.logits)
+    gone: list[bool] = []
+    one.model.register_forward_hook(lambda *_: gone.append(before() is None))
+    teacher(one.batch())
+    assert gone == [True]
 
 
 def test_a_teacher_that_is_named_in_several_ways_is_loaded_once(

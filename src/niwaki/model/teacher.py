@@ -77,7 +77,8 @@ class Said:
 class Teacher:
     """A model that is asked and never learns: in eval mode, without gradients, outside of every module.
 
-    It runs once for each batch, however many terms ask: `terms` of them do, and what it said is let go when all have.
+    It runs once for each batch, however many terms ask: `terms` of them have it, and what it said is let go when all
+    have asked but those that `only_say`.
     fp32 follows the autocast around it. bf16 and int8 run as they are: all weights in bf16, or the linears of the
     blocks in 8-bit integers as quantize/int8 has them (an integer product on a CPU, one of rounded numbers on a GPU).
     """
@@ -87,6 +88,7 @@ class Teacher:
         self.precision = precision
         self.anatomy = Anatomy.of(model)
         self.terms = 0
+        self._aside = 0  # of these, those that only say
         self.reader: Callable[[Tensor], dict[str, Tensor]] | None = (
             None  # of the rows with these numbers, in its tokens
         )
@@ -99,26 +101,34 @@ class Teacher:
         if precision == "int8":
             to_int8(self.anatomy, field)
 
-    def watch(self, *, attention: bool) -> None:
-        """Have what flows through the blocks be part of what is said, with attentions where they are asked for."""
+    def only_say(self) -> None:
+        """One of its terms asks it of other batches, or at other times, and none waits for it."""
+        self._aside += 1
+
+    def watch(self, *, attention: bool, states: bool = True) -> None:
+        """Have what flows through the model be part of what is said: with attentions, and with the states between the
+        blocks, where they are asked for."""
         if self._recorder is None:
             self._recorder = recorder_of(self.anatomy)
             self._recorder.always = True
+        self._recorder.watch_states(states)
         if attention:
             self._recorder.watch_attention()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Said:
         if self._said is None or batch is not self._batch:
+            self._said = None  # before the next one is made
             self._batch, self._said, self._asked = batch, self.say(batch), 0
         said = self._said
         self._asked += 1
-        if self._asked >= self.terms:
+        if self._asked >= self.terms - self._aside:
             self._batch = self._said = None
         return said
 
     def let_go(self) -> None:
-        """One term fewer will ask; the model is dropped with the last."""
+        """One that only says does so no more; the model is dropped with the last term."""
         self.terms -= 1
+        self._aside -= 1
         if self.terms <= 0:
             del self.model, self.anatomy
 

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,9 +301,47 @@ def test_a_disk_without_room_is_refused(
     one, _, terms = sides(setting, "bert", "classification")
     monkeypatch.setattr(remembered, "SPARE", 2**60)
     batch = one.numbered()
-    with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers may need"):
+    with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers need"):
         terms[True](one.model(**one.task.inputs(batch)), batch)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "fields"),
+    [
+        ("bert", "classification", {}),
+        ("bert", "ner", {"top_k": 1}),
+        ("llama", "causal_lm", {}),
+        ("t5", "translation", {}),
+    ],
+)
+def test_the_room_that_is_needed_is_counted_exactly(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch, family: str, task: str,
+    fields: dict[str, Any],
+) -> None:  # fmt: skip
+    """The first batch is the longest, and as large as all others together."""
+    for room in (0, -1):
+        one, _, terms = sides(setting, family, task, **fields)
+        rows = sorted(one.features(), key=lambda row: -len(row["input_ids"]))
+        batches = [one.task.collate([dict(row)], one.tokenizer) for row in rows]
+        numbered = [{**batch, "row": torch.tensor([number])} for number, batch in enumerate(batches)]
+        terms[True]._answers._context.training = lambda numbered=numbered: numbered
+        if room == 0:
+            terms[True](one.model(**one.task.inputs(numbered[0])), numbered[0])
+            (folder,) = [path for path in cache.iterdir() if path.is_dir()]
+            whole = sum((folder / name).stat().st_size for name in ("values.f32", "places.i32"))
+            shutil.rmtree(folder)
+        monkeypatch.setattr(remembered, "SPARE", 0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=whole + room: SimpleNamespace(free=free))
+        one, _, terms = sides(setting, family, task, **fields)
+        terms[True]._answers._context.training = lambda numbered=numbered: numbered
+        outputs = one.model(**one.task.inputs(numbered[0]))
+        if room < 0:
+            with pytest.raises(ConfigError, match="the answers need"):
+                terms[True](outputs, numbered[0])
+        else:
+            terms[True](outputs, numbered[0])
+            shutil.rmtree(folder)
 
 
 def test_nothing_is_kept_of_tokens_that_are_hidden_anew_in_each_epoch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.compression.distill.relational import Relational, angles, distances
+from niwaki.compression.distill.relational import Relational, angles, different, distances
 from niwaki.errors import ConfigError
 
 
@@ -69,6 +69,16 @@ def test_the_sum_up_of_a_model_that_reads_from_left_to_right(pair: Callable[...,
     lengths = both.lengths()
     sides = [[s[-1][row, n - 1].tolist() for row, n in enumerate(lengths)] for s in both.states()]
     assert both.loss().item() == pytest.approx(of_distances(sides), rel=1e-3)
+
+
+def test_the_places_are_made_once_for_a_size_where_the_values_are() -> None:
+    for order in (2, 3):
+        first = different(5, order, torch.device("cpu"))
+        assert different(5, order, torch.device("cpu")) is first
+        assert different(5, order, torch.device("meta")).device.type == "meta"
+        assert [bool(first[index]) for index in itertools.product(range(5), repeat=order)] == [
+            len(set(index)) == order for index in itertools.product(range(5), repeat=order)
+        ]
 
 
 def test_neither_size_nor_place_matters() -> None:

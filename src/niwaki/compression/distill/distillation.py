@@ -103,6 +103,7 @@ class Representation(Compared):
     """A term that compares what flows through student and teacher."""
 
     attention: ClassVar[bool] = False  # whether it compares what their attentions compare
+    states: ClassVar[bool] = True  # whether it compares the states between their blocks
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if self.attention:
@@ -134,7 +135,9 @@ class Representation(Compared):
             )
         teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
         lesson = self.seeded_lesson(context, teacher)
-        return inside(context.anatomy, teacher, self.name, lesson, self.weight, attention=self.attention)
+        return inside(
+            context.anatomy, teacher, self.name, lesson, self.weight, attention=self.attention, states=self.states
+        )
 
     def outlines(self, context: Context, teacher: Teacher) -> tuple[Seen, Seen]:
         """The shapes of what flows through student and teacher, which can be compared."""
@@ -144,11 +147,13 @@ class Representation(Compared):
 
 
 def inside(
-    anatomy: Anatomy, teacher: Teacher, name: str, lesson: Lesson, weight: float, *, attention: bool = False
-) -> Effects:
+    anatomy: Anatomy, teacher: Teacher, name: str, lesson: Lesson, weight: float, *, attention: bool = False,
+    states: bool = True,
+) -> Effects:  # fmt: skip
     """A term on what flows through a student and its teacher, both of which are watched until the fit ends."""
-    teacher.watch(attention=attention)
+    teacher.watch(attention=attention, states=states)
     recorder = recorder_of(anatomy)
+    recorder.watch_states(states)
     if attention:
         recorder.watch_attention()
     return Effects(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from niwaki.compression.distill import divergence
 from niwaki.compression.distill.answers import Kept, RememberedLogits, RememberedTerm, Targets
@@ -19,6 +20,8 @@ from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.teacher import Said, Taught, Teacher, places_of, plainly, the_one
 from niwaki.stage import Context, Effects, Stage
+
+LARGEST_PART = 2**24  # numbers of either side that are compared at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +137,12 @@ class Logits(Compared):
         """The same divergence, from what was kept of the teacher, over so many classes."""
         if said.places is None:
             return softened_divergence(student, said.values, self.temperature, self.measure())
-        logs = functional.log_softmax(student[:, :classes].float() / self.temperature, dim=-1)
-        return self.temperature**2 * self.measure()(divergence.with_rest(logs, said.places), said.values)
+
+        def compare(student: Tensor, values: Tensor, places: Tensor) -> Tensor:
+            logs = functional.log_softmax(student[:, :classes].float() / self.temperature, dim=-1)
+            return self.temperature**2 * self.measure()(divergence.with_rest(logs, places), values)
+
+        return in_parts(compare, student, said.values, said.places)
 
     def lesson(self, context: Context, teacher: Teacher) -> Lesson:
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
@@ -197,9 +204,25 @@ def softened_divergence(
     """T^2 times the divergence of the softened distributions (forward KL unless told otherwise), mean over rows; both
     logits (n, classes). Classes that only one has are none: embeddings are often padded behind the vocabulary."""
     classes = min(student.shape[-1], teacher.shape[-1])
-    logs = [
-        functional.log_softmax(logits[..., :classes].float() / temperature, dim=-1) for logits in (student, teacher)
-    ]
-    ours, theirs = divergence.top_and_rest(logs[0], logs[1], top_k) if top_k else logs
-    found = measure(ours, theirs) if measure else divergence.kl(theirs, ours)
-    return temperature**2 * found
+
+    def compare(student: Tensor, teacher: Tensor) -> Tensor:
+        logs = [
+            functional.log_softmax(logits[..., :classes].float() / temperature, dim=-1) for logits in (student, teacher)
+        ]
+        ours, theirs = divergence.top_and_rest(logs[0], logs[1], top_k) if top_k else logs
+        found = measure(ours, theirs) if measure else divergence.kl(theirs, ours)
+        return temperature**2 * found
+
+    return in_parts(compare, student, teacher)
+
+
+def in_parts(compare: Callable[..., Tensor], *sides: Tensor) -> Tensor:
+    """`compare`, a mean over rows, of these (n, ...). Where that takes more than LARGEST_PART numbers, some rows at a
+    time, of which nothing but the given is kept for the gradient: with the tokens of a language model for classes, a
+    logarithm of the probabilities of either side is as large as all that the model keeps of its blocks."""
+    count, most = len(sides[0]), max(1, LARGEST_PART // max(side.shape[-1] for side in sides))
+    if count <= most:
+        return compare(*sides)
+    parts = list(zip(*(side.split(most) for side in sides), strict=True))
+    sums = [len(part[0]) * checkpoint(compare, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum() / count

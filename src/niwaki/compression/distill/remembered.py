@@ -43,6 +43,7 @@ class Remembered(abc.ABC, Generic[Found]):
 
     def __init__(self, teacher: Teacher, context: Context, field: str) -> None:
         self._teacher: Teacher | None = teacher
+        teacher.only_say()
         self._context = context
         self._field = field
         self._found: Found | None = None
