@@ -103,7 +103,7 @@ class Recorder:
         self._virtual = [self._virtual_tokens(place) for place in range(len(anatomy.stacks))]
         reader = reader_of(anatomy)
         self._handles.append(reader.register_forward_pre_hook(self._start))
-        self._handles.append(reader.register_forward_hook(self._end))
+        self._handles.append(last_of(anatomy, reader).register_forward_hook(self._end))
         for place, blocks in enumerate(map(anatomy.blocks_of, anatomy.stacks)):
             for block in blocks:
                 self._handles.append(block.register_forward_hook(self._after_block(place), with_kwargs=True))
@@ -187,6 +187,14 @@ def reader_of(anatomy: Anatomy) -> nn.Module:
     while len(children := list(module.children())) == 1:
         (module,) = children
     return module
+
+
+def last_of(anatomy: Anatomy, reader: nn.Module) -> nn.Module:
+    """What gives the last states first: the reader, or where it is the whole model (T5's language model has no module
+    without the head), what holds the last stack of blocks."""
+    if reader is not anatomy.model:
+        return reader
+    return reader.get_submodule(anatomy.stacks[-1].blocks.rpartition(".")[0])
 
 
 SUFFIX = "_recorded"
