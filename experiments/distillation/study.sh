@@ -87,7 +87,10 @@ case $what in
     done
     stories on-policy ,distill/on_policy compression.on_policy.teacher="$model"
     ;;
-  g2p) three_ways g2p prune/neurons compression.neurons.ratio=0.9375 ;;
+  g2p)
+    words g2p-teacher model.name="$model" trainer.max_epochs=0 seed=0
+    three_ways g2p prune/neurons compression.neurons.ratio=0.9375
+    ;;
   g2p_t5)
     start=logs/distillation-t5-start
     [ -d $start ] || .venv/bin/python experiments/distillation/small_t5.py "$model" $start
