@@ -58,7 +58,7 @@ def main(teacher: str, data: str) -> None:
     """Time the three ways in turns."""
     common = [
         "model=pretrained", f"model.name={teacher}", "model.layers=[1,3,5]", "data=files",
-        *(f"data.{split}={data}/{split}.jsonl" for split in ("train", "validation", "test")), "data.limit=1920",
+        *(f"data.{split}={data}/{split}.jsonl" for split in ("train", "validation", "test")), "data.limit=960",
         "logger=none", "callbacks=[]", "trainer.max_epochs=2", "optimizer.lr=1e-4", "seed=0",
     ]  # fmt: skip
     asked = [*common, "compression=distill/logits", f"compression.logits.teacher={teacher}"]

@@ -24,7 +24,7 @@ def end_tokens(model: Any) -> Tensor:
     settings = getattr(model, "generation_config", None)
     ends = None if settings is None else settings.eos_token_id
     ends = getattr(model.config, "eos_token_id", None) if ends is None else ends
-    return torch.tensor([] if ends is None else ends, dtype=torch.long, device=model.device).flatten()
+    return torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
 
 
 def in_decoder(anatomy: Anatomy, name: str) -> bool:

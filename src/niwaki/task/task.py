@@ -203,7 +203,7 @@ def searched(model: Any, ids: Tensor, mask: Tensor, *, num_beams: int, new: int)
 
 def until_end(written: Tensor, model: Any) -> Tensor:
     """Tokens (rows, tokens) that a model wrote, IGNORED behind the first of each row that ends a text."""
-    ended = torch.isin(written, end_tokens(model)).long()
+    ended = torch.isin(written, end_tokens(model).to(written.device)).long()
     return written.masked_fill(ended.cumsum(1) > ended, IGNORED)
 
 

@@ -97,7 +97,7 @@ class OwnTexts:
 def sample(model: Any, starts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Texts that go on from `starts` (rows, tokens), sampled from the model in eval mode, and which of their tokens it
     wrote, the first end token included: both (rows, tokens + count)."""
-    training, ends = model.training, end_tokens(model)
+    training, ends = model.training, end_tokens(model).to(starts.device)
     model.eval()
     try:
         texts, running = starts, torch.ones(len(starts), dtype=torch.bool, device=starts.device)
