@@ -3,11 +3,11 @@ the teacher's config."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from niwaki.artifact import stamp
 from niwaki.errors import ConfigError, UserError
 from niwaki.measure.gather import read_config
 from niwaki.model.load import located
@@ -52,8 +52,8 @@ def key_of(teacher: Mapping[str, Any]) -> str:
     return digest({**teacher, "files": contents(teacher)}, ASIDE)
 
 
-def contents(config: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """(bytes, sha256) of each local file that a run reads, by its path: rows, and those of a model's folder."""
+def contents(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of each local file that a run reads, by its path: rows, and those of a model's folder."""
     data, name = config["data"], config["model"].get("name")
     named = [data.get(field) for field in ("train", "validation", "test", "path")]
     places = [place for one in named for place in (one if isinstance(one, list | tuple) else [one]) if place]
@@ -67,12 +67,6 @@ def files_in(place: Path) -> list[Path]:
         return [place]
     found = [path for path in place.rglob("*") if path.is_file()]
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(place).parts))
-
-
-def stamp(file: Path) -> tuple[int, str]:
-    """Its bytes, and their sha256."""
-    with file.open("rb") as stream:
-        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def refuse_another(folder: Path, teacher: Mapping[str, Any]) -> None:
