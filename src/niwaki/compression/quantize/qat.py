@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from niwaki.compression.quantize.integers import put_on_grid, to_integers
+from niwaki.compression.quantize.layout import Layout, check_bits
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
@@ -31,26 +32,23 @@ class QAT(Stage):
     activation_bits: int | None = 8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"compression.qat.bits={self.bits}: needs a whole number from 2 to 8")
-        if self.group is not None and self.group < 2:
-            raise ConfigError(f"compression.qat.group={self.group}: needs null or a whole number of at least 2")
+        check_bits(self.bits, self.group, "compression.qat")
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
             raise ConfigError(
                 f"compression.qat.activation_bits={self.activation_bits}: needs null or a whole number from 2 to 8"
             )
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        for name, linear in targets.items():
-            if self.group and linear.in_features % self.group:
-                raise ConfigError(
-                    f"compression.qat.group={self.group}: {name} has {linear.in_features} inputs, "
-                    "which it does not divide"
-                )
+        self.layout.check(targets, "compression.qat")
+
+    @property
+    def layout(self) -> Layout:
+        """Of the weights."""
+        return Layout(bits=self.bits, group=self.group)
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         put_on_grid(context.targets, self.bits, self.group, self.activation_bits)
         return Effects()
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        return to_integers(model, context, self.bits, self.group, self.activation_bits)
+        return to_integers(model, context, self.layout, self.activation_bits)
