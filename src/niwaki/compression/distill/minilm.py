@@ -38,6 +38,7 @@ class MiniLM(Representation):
 
     paper: ClassVar[str] = "Wang et al. 2020, arXiv:2002.10957; Wang et al. 2021, arXiv:2012.15828"
     attention: ClassVar[bool] = True
+    states: ClassVar[bool] = False
 
     relation_heads: int | None = None
     teacher_block: int | None = None

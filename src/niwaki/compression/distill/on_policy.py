@@ -70,6 +70,7 @@ class OnPolicy(Weighed):
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
+        teacher.only_say()
         return Effects(terms={self.name: OwnTexts(self, model, teacher)})
 
 
