@@ -107,7 +107,7 @@ def after_last_use(block: nn.Module, order: Sequence[nn.Module]) -> nn.Module | 
 
 def block_by_block(
     model: nn.Module, context: Context, rows: int, linears: Mapping[str, nn.Linear],
-    statistic: Callable[[Tensor], Tensor], act: Callable[[dict[str, Tensor]], None], field: str,
+    statistic: Callable[[Tensor], Any], act: Callable[[dict[str, Any]], None], field: str,
 ) -> None:  # fmt: skip
     """Sum up a `statistic` of what enters each linear over `rows` rows of the training split, in eval mode, and `act`
     on those of a block before the next is looked at, which so sees what the changed ones before it give. One that is
@@ -122,9 +122,9 @@ def block_by_block(
     with evaluating(model), torch.no_grad():
         order = entered(model, context, batches[0], [block for block, _ in looked_at])
         for block, names in looked_at:
-            found: dict[str, Tensor] = {}
+            found: dict[str, Any] = {}
 
-            def gather(name: str, values: Tensor, found: dict[str, Tensor] = found) -> None:
+            def gather(name: str, values: Tensor, found: dict[str, Any] = found) -> None:
                 part = statistic(values.float())
                 found[name] = found[name] + part if name in found else part
 
@@ -139,3 +139,13 @@ def block_by_block(
 def inside(place: str, names: Mapping[str, Any]) -> list[str]:
     """Those of `names` that lie in a block."""
     return [name for name in names if name.startswith(f"{place}.")]
+
+
+def cholesky_of_inverse(hessian: Tensor, damping: float) -> Tensor:
+    """The upper U with U^T U = (H + damping * mean(diag(H)) I)^-1, in float64. U_jj^2 is [H^-1]_jj of what is left of H
+    without the columns before j, and U_j: / U_jj the row of that inverse over the same."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
