@@ -25,8 +25,8 @@ class QAT(Stage):
     `bits`: 2 to 8. `group`: inputs that share a scale; null for one scale per output channel.
     `activation_bits`: inputs of the linears rounded to so many bits; null leaves them alone.
     `scale`: absmax, or lsq: s learns with the weights (Esser et al. 2019, arXiv:1902.08153), and what lies beyond the
-    last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact, one
-    learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
+    last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact,
+    one learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
     through it. `begin`: the fraction of the fit after which it runs through the grid. `freeze`: the one from which
     scales stay as they are; null: never.
     """
