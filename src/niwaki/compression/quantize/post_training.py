@@ -141,10 +141,12 @@ def reading_the_same(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two statistics are the same: tensors, or what holds some."""
+    """Whether two statistics are the same: tensors, numbers, or what holds some."""
     if isinstance(first, Tensor):
         return first.shape == second.shape and bool(torch.equal(first, second))
-    return all(equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    if hasattr(first, "__dict__"):
+        return all(equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    return bool(first == second)
 
 
 def nearest(weight: Tensor, layout: Layout, factor: Tensor | None = None, **more: Any) -> FixedGrid:
