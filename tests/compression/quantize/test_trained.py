@@ -50,9 +50,9 @@ def test_scales_start_where_the_paper_says() -> None:
     values = torch.randn(3, 16)
     grid.train()
     grid.enter(values)
-    assert float(grid.inputs.learned) == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
+    assert grid.inputs.learned.item() == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
     grid.enter(values * 9)
-    assert float(grid.inputs.learned) == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
+    assert grid.inputs.learned.item() == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
 
 
 def test_pact_learns_its_end_from_what_lies_beyond_it() -> None:
@@ -60,7 +60,7 @@ def test_pact_learns_its_end_from_what_lies_beyond_it() -> None:
     grid.train()
     first = torch.tensor([[0.5, -2.0, 1.0]])
     grid(first)
-    assert float(grid.learned) == 2.0
+    assert grid.learned.item() == 2.0
     values = torch.tensor([[5.0, -3.0, 0.7, -0.2]], requires_grad=True)
     found = grid(values)
     assert found.tolist()[0] == pytest.approx([2.0, -2.0, round(0.7 * 3.5) / 3.5, round(-0.2 * 3.5) / 3.5], abs=1e-6)
@@ -124,7 +124,7 @@ def test_a_held_scale_moves_no_more(setting: Callable[..., Any], train: Callable
             linear = next(iter(context.targets.values()))
             grid: Any = links(linear)[0]
             grouped = grid.layout.grouped(linear.parametrizations.weight.original.detach())
-            seen.append((grid._scale(grouped).flatten().tolist(), float(grid.inputs.learned)))
+            seen.append((grid._scale(grouped).flatten().tolist(), grid.inputs.learned.item()))
 
     train(one.learner(effects=[effects]), batches, callbacks=[*effects.callbacks, Look()])
     assert seen[2] == seen[5]  # held after step 2
