@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.prune.calibration import after_last_use, tokens
+from niwaki.compression.calibration import after_last_use, tokens
 from niwaki.compression.prune.mask import Mask, mask_targets
 from niwaki.compression.prune.wanda import Wanda
 from niwaki.compression.quantize.qat import QAT

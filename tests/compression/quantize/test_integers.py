@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.quantize.integers import (
+    FixedGrid,
     IntegerGrid,
     IntegerLinear,
     RoundActivations,
     UseIntegers,
+    input_codes,
     largest_code,
     pack,
     put_on_grid,
     to_codes,
     unpack,
 )
-from niwaki.weights import stack
+from niwaki.compression.quantize.layout import Layout, values_of
+from niwaki.edits import from_json
+from niwaki.weights import fold, stack
 
 
 def test_the_grid_is_symmetric() -> None:
@@ -97,21 +101,114 @@ def test_putting_on_a_grid_rounds_weights_and_inputs() -> None:
 
 def test_bits_in_the_stream_by_hand() -> None:
     # 3 bits, offset 3: codes -3 0 3 1 -> 000 011 110 100 -> 00001111 0100(0000)
-    assert pack(torch.tensor([-3, 0, 3, 1], dtype=torch.int8), 3).tolist() == [0b00001111, 0b01000000]
+    assert pack(torch.tensor([-3, 0, 3, 1], dtype=torch.int8), Layout(bits=3)).tolist() == [0b00001111, 0b01000000]
     # 4 bits, offset 7: -7 7 0 -> 0000 1110 0111
-    assert pack(torch.tensor([-7, 7, 0], dtype=torch.int8), 4).tolist() == [0b00001110, 0b01110000]
+    assert pack(torch.tensor([-7, 7, 0], dtype=torch.int8), Layout(bits=4)).tolist() == [0b00001110, 0b01110000]
+    # 2 bits with a zero, offset 2: -2 1 0 -> 00 11 10
+    assert pack(torch.tensor([-2, 1, 0], dtype=torch.int8), Layout(bits=2, zero="whole")).tolist() == [0b00111000]
+    # 1 bit: -1 1 1 -1 1 -> 0 1 1 0 1
+    assert pack(torch.tensor([-1, 1, 1, -1, 1], dtype=torch.int8), Layout(bits=1)).tolist() == [0b01101000]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 13), (8, 16), (1, 9)])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_pack_and_unpack(bits: int, shape: tuple[int, int]) -> None:
-    q = largest_code(bits)
-    codes = torch.randint(-q, q + 1, shape, dtype=torch.int8)
-    codes.view(-1)[0] = q
-    codes.view(-1)[-1] = -q
-    packed = pack(codes, bits)
+@pytest.mark.parametrize("zero", ["none", "whole"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_and_unpack(bits: int, zero: Any, shape: tuple[int, int]) -> None:
+    layout = Layout(bits=bits, zero=zero if bits > 1 else "none")
+    step = 2 if bits == 1 else 1
+    codes = torch.randint(0, layout.steps // step + 1, shape).mul(step).add(layout.lowest).to(torch.int8)
+    codes.view(-1)[0] = layout.highest
+    codes.view(-1)[-1] = layout.lowest
+    packed = pack(codes, layout)
     assert (packed.dtype, len(packed)) == (torch.uint8, -(-shape[0] * shape[1] * bits // 8))
-    assert torch.equal(unpack(packed, bits, shape), codes)
+    assert torch.equal(unpack(packed, layout, shape), codes)
+
+
+@pytest.mark.parametrize("zero", ["none", "whole", "real"])
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_nearest_point_of_a_grid(bits: int, group: int | None, zero: Any) -> None:
+    """By a search through all codes; a zero stays a zero where the grid has one; the ends are held."""
+    layout = Layout(bits=bits, group=group, zero=zero)
+    weight = torch.randn(5, 8) + 0.3
+    weight[1, 2] = 0.0
+    weight[2] = weight[2].abs()
+    grouped = layout.grouped(weight)
+    scale, offset = layout.grid_of(grouped)
+    codes = layout.codes_of(grouped, scale, offset)
+    every = torch.arange(layout.lowest, layout.highest + 1)
+    points = values_of(every.expand(*grouped.shape[:2], -1), scale, offset)
+    best = (grouped[..., None] - points[:, :, None]).abs().amin(-1)
+    found = values_of(codes, scale, offset)
+    assert torch.allclose((grouped - found).abs(), best, atol=1e-6)
+    assert float((grouped - found).abs().div(scale).max()) <= 0.501 + (zero == "whole") * 0.5
+    if zero != "real":
+        assert float(found.view(5, 8)[1, 2]) == 0.0
+
+
+def test_an_asymmetric_grid_by_hand() -> None:
+    # 2 bits, codes -2..1; values -1 .. 2: scale 1, zero = -2 + 1 = -1
+    layout = Layout(bits=2, zero="whole")
+    scale, zero = layout.grid_of(torch.tensor([[-1.0, 0.4, 2.0]]))
+    assert zero is not None
+    assert (scale.item(), zero.item()) == (1.0, -1.0)
+    codes = layout.codes_of(torch.tensor([[-1.0, 0.4, 2.0]]), scale, zero)
+    assert codes.tolist() == [[-2.0, -1.0, 1.0]]
+    assert values_of(codes, scale, zero).tolist() == [[-1.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("zero", "group", "activation_bits", "factored", "one_scale"),
+    [("whole", 8, None, False, False), ("real", None, None, True, False), ("none", None, 8, True, False),
+     ("none", None, 8, False, True), ("none", 8, 8, True, True), ("whole", None, 8, True, True)],
+)  # fmt: skip
+def test_what_was_chosen_is_what_is_stored(
+    bits: int, zero: Any, group: int | None, activation_bits: int | None, factored: bool, one_scale: bool
+) -> None:
+    """A fixed grid in a chain, folded, in integers and from a state dict: the same function."""
+    layout, linear = Layout(bits=bits, group=group, zero=zero if bits > 1 else "none"), nn.Linear(24, 10)
+    factor = torch.rand(24) + 0.5 if factored else None
+    scale_in = torch.tensor(0.02) if one_scale else None
+    weight = linear.weight.detach() / (1 if factor is None else factor)
+    scale, offset = layout.grid_of(layout.grouped(weight))
+    codes = layout.codes_of(layout.grouped(weight), scale, offset).reshape(10, 24)
+    flat = None if offset is None else offset[..., 0]
+    grid = FixedGrid(layout, codes, scale[..., 0], flat, factor=factor, input_scale=scale_in)
+    stack(linear, grid)
+    if activation_bits:
+        linear.register_forward_pre_hook(RoundActivations(activation_bits, scale_in, factor))
+    values = torch.randn(2, 3, 24)
+    chained = linear(values).detach()
+    record = fold({"it": linear})["it"]
+    kinds = {"zero": layout.zero, "factored": factored, "one_scale": one_scale}
+    integer, again = (
+        IntegerLinear(24, 10, bits=bits, group=group, activation_bits=activation_bits, bias=linear.bias, **kinds)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    integer.store(**record)
+    assert torch.equal(integer.dequantized(), linear.weight)
+    assert torch.allclose(integer(values), chained, atol=2e-6)
+    again.load_state_dict(integer.state_dict())
+    assert torch.equal(again(values), integer(values))
+    assert again.runs_on_integers == (activation_bits == 8 and group is None and layout.symmetric)
+
+
+def test_inputs_beyond_one_scale_are_clipped() -> None:
+    assert input_codes(torch.tensor([-300.0, -1.4, 0.5, 2.6, 127.6]), torch.tensor(1.0), 8).tolist() == [
+        -127, -1, 0, 3, 127,
+    ]  # fmt: skip
+
+
+def test_a_card_of_an_older_version_is_read() -> None:
+    edit = from_json(
+        {"edit": "niwaki.compression.quantize.integers:UseIntegers", "modules": ["0"], "bits": 4, "group": 8,
+         "activation_bits": None}
+    )  # fmt: skip
+    model = nn.Sequential(nn.Linear(16, 4))
+    edit.apply(model)
+    assert isinstance(model[0], IntegerLinear)
+    assert (model[0].zero, model[0].factor, model[0].input_scale) == (None, None, None)
 
 
 def integer_linear(

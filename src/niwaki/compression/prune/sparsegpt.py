@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from niwaki.compression.calibration import cholesky_of_inverse
 from niwaki.compression.prune.calibration import Calibrated
 from niwaki.compression.prune.mask import add_to_base
 from niwaki.compression.prune.pattern import Pattern
@@ -59,16 +60,6 @@ class SparseGPT(Calibrated):
         )
         mask.take(kept)
         add_to_base(linear, torch.where(kept, pruned.to(weight.dtype) - weight, 0.0))
-
-
-def cholesky_of_inverse(hessian: Tensor, damping: float) -> Tensor:
-    """The upper U with U^T U = (H + damping * mean(diag(H)) I)^-1, in float64. U_jj^2 is [H^-1]_jj of what is left of H
-    without the columns before j, and U_j: / U_jj the row of that inverse over the same."""
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
 def compensated(

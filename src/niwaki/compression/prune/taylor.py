@@ -11,7 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.prune.calibration import When, check_calibration, evaluating, out_of_order, to_device
+from niwaki.compression.calibration import evaluating, to_device
+from niwaki.compression.prune.calibration import When, check_calibration, out_of_order
 from niwaki.compression.prune.mask import Mask
 from niwaki.compression.prune.pruning import given
 from niwaki.compression.prune.scheduled import Masks, Scheduled

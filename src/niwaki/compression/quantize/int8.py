@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from niwaki.compression.quantize.integers import put_on_grid, to_integers
+from niwaki.compression.quantize.layout import Layout
 from niwaki.edits import Edit
 from niwaki.stage import Context, Effects, Phase, Stage
 
@@ -29,4 +30,4 @@ class Int8(Stage):
         return Effects()
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        return to_integers(model, context, 8, None, 8)
+        return to_integers(model, context, Layout(bits=8), 8)

@@ -1,14 +1,14 @@
-"""Symmetric integer grids: as a link while training, as stored integers afterwards.
+"""Integer grids: as a link while training or after it, as stored integers in the end.
 
 Jacob et al. 2018 (arXiv:1712.05877), with the straight-through gradient of Bengio et al. 2013 (arXiv:1308.3432).
-One scale per output channel, or per group of inputs of one channel; the grid is -q..q with q = 2^(bits-1) - 1, so
-zero is on it and zeros stay zeros. Activations are rounded per token, with a scale drawn from the token itself.
+One scale per output channel, or per group of inputs of one channel, as `Layout` says. Activations are rounded per
+token, with a scale drawn from the token itself, or all with one scale that was found before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki import packing
+from niwaki.compression.quantize.layout import Layout, Zero, values_of
 from niwaki.edits import Edit
 from niwaki.stage import Context, Phase
 from niwaki.weights import Link, Packed, replace_module, stack
@@ -67,14 +68,61 @@ class IntegerGrid(Link):
         return {"codes": codes.to(torch.int8).reshape(weight.shape), "scale": scale.reshape(len(weight), -1)}
 
 
-class RoundActivations:
-    """Forward pre-hook of a linear: rounds its input per token while the model trains on the grid."""
+class FixedGrid(Link):
+    """The values of codes that were chosen once, whatever enters: (code - zero) * scale * factor. (out, in).
 
-    def __init__(self, bits: int) -> None:
+    `codes` (out, in), `scale` and `zero` (out, groups), `factor` (in,): what the input is multiplied by before the
+    product with the integers; `input_scale` (): of inputs that all have one.
+    """
+
+    phase = Phase.QUANTIZE
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    factor: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(
+        self, layout: Layout, codes: Tensor, scale: Tensor, zero: Tensor | None = None, *,
+        factor: Tensor | None = None, input_scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.layout = layout
+        given = {"codes": codes.to(torch.int8), "scale": scale, "zero": zero, "factor": factor}
+        for name, tensor in (given | {"input_scale": input_scale}).items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        zero = None if self.zero is None else self.zero[..., None]
+        values = values_of(self.layout.grouped(self.codes), self.scale[..., None], zero).view(weight.shape)
+        return (values if self.factor is None else values * self.factor).to(weight.dtype)
+
+    def record(self, weight: Tensor) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.named_buffers() if tensor is not None}
+
+
+class RoundActivations:
+    """Forward pre-hook of a linear: rounds its input as the integers will, per token or all with one `scale`, after the
+    multiplication with a `factor`, which it undoes."""
+
+    def __init__(self, bits: int, scale: Tensor | None = None, factor: Tensor | None = None) -> None:
         self.bits = bits
+        self.scale = scale
+        self.factor = factor
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (StraightThrough.apply(inputs[0], self.bits), *inputs[1:])
+        values = inputs[0] if self.factor is None else inputs[0] * self.factor
+        if self.scale is None:
+            rounded = StraightThrough.apply(values, self.bits)
+        else:
+            rounded = (input_codes(values, self.scale, self.bits) * self.scale).to(values.dtype)
+        return (rounded if self.factor is None else rounded / self.factor, *inputs[1:])
+
+
+def input_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes of activations that all have one scale; what lies beyond the last code gets that. Floats."""
+    last = largest_code(bits)
+    return (values.float() / scale).round_().clamp_(-last, last)
 
 
 def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, activation_bits: int | None) -> None:
@@ -86,26 +134,34 @@ def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, 
 
 
 def to_integers(
-    model: nn.Module, context: Context, bits: int, group: int | None, activation_bits: int | None
+    model: nn.Module, context: Context, layout: Layout, activation_bits: int | None, names: Sequence[str] | None = None
 ) -> list[Edit]:
-    """Replace every folded target by an IntegerLinear with the codes that its grid recorded."""
-    edit = UseIntegers(modules=list(context.targets), bits=bits, group=group, activation_bits=activation_bits)
+    """Replace folded targets, all or those of these names, by IntegerLinears with the codes that their grids
+    recorded."""
+    names = list(context.targets) if names is None else list(names)
+    records = {name: context.records[name] for name in names}
+    edit = UseIntegers(
+        modules=names, bits=layout.bits, group=layout.group, activation_bits=activation_bits, zero=layout.zero,
+        factored=[name for name, record in records.items() if "factor" in record],
+        one_scale=[name for name, record in records.items() if "input_scale" in record],
+    )  # fmt: skip
     edit.apply(model)
-    for name in context.targets:
+    for name, record in records.items():
         integer: Any = model.get_submodule(name)
-        integer.store(context.records[name]["codes"], context.records[name]["scale"])
+        integer.store(**record)
     return [edit]
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes to a stream of `bits` each, offset by q to be unsigned. uint8, ceil(n * bits / 8) long."""
-    return packing.pack(codes.to(torch.int16) + largest_code(bits), bits)
+def pack(codes: Tensor, layout: Layout) -> Tensor:
+    """int8 codes to a stream of `bits` each, offset to be unsigned. uint8, ceil(n * bits / 8) long."""
+    unsigned = codes.to(torch.int16) + layout.offset
+    return packing.pack(unsigned // 2 if layout.bits == 1 else unsigned, layout.bits)
 
 
-def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+def unpack(packed: Tensor, layout: Layout, shape: tuple[int, int]) -> Tensor:
     """The int8 codes that `pack` was given, (out, in)."""
-    unsigned = packing.unpack(packed, bits, shape[0] * shape[1])
-    return (unsigned.to(torch.int16) - largest_code(bits)).to(torch.int8).view(shape)
+    unsigned = packing.unpack(packed, layout.bits, shape[0] * shape[1]).to(torch.int16)
+    return ((unsigned * 2 if layout.bits == 1 else unsigned) - layout.offset).to(torch.int8).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,35 +175,44 @@ class UseIntegers(Edit):
     bits: int
     group: int | None
     activation_bits: int | None
+    zero: Zero = "none"
+    factored: list[str] = field(default_factory=list)  # those whose input is multiplied by a factor for each channel
+    one_scale: list[str] = field(default_factory=list)  # those whose activations all have one scale
 
     def apply(self, model: nn.Module) -> None:
         for name in self.modules:
             linear: Any = model.get_submodule(name)
             integer = IntegerLinear(
-                linear.in_features, linear.out_features, bits=self.bits, group=self.group,
-                activation_bits=self.activation_bits, bias=linear.bias,
-                shared=linear if isinstance(linear, Packed) else None,
+                linear.in_features, linear.out_features, bits=self.bits, group=self.group, zero=self.zero,
+                activation_bits=self.activation_bits, bias=linear.bias, factored=name in self.factored,
+                one_scale=name in self.one_scale, shared=linear if isinstance(linear, Packed) else None,
             )  # fmt: skip
             integer.dense = getattr(linear, "dense", type(linear))
             replace_module(model, name, integer)
 
 
 class IntegerLinear(Packed):
-    """y = (codes * scale) x + bias, with the codes stored as integers of `bits` each.
+    """y = ((codes - zero) * scale) (factor * x) + bias, with the codes stored as integers of `bits` each.
 
-    `codes`: int8 (out, in) for 8 bits, else a uint8 stream with nothing between the codes. `scale`: (out, groups).
-    With one scale per channel and rounded activations the product runs on integers (int32 accumulation); otherwise
-    on the dequantized weight. `shared`, in place of `codes`, holds the values that the codes are rounded from.
+    `codes`: int8 (out, in) for 8 bits, else a uint8 stream with nothing between the codes. `scale`: (out, groups), and
+    as `zero`, where there is one: int8, or real numbers. `factor`: (in,), or None. `input_scale`: (), or None where
+    activations are rounded token by token.
+    With one scale per channel, no zero and rounded activations the product runs on integers (int32 accumulation);
+    otherwise on the dequantized weight. `shared`, in place of `codes`, holds the values that codes are rounded from.
     """
 
     codes: Tensor
     scale: Tensor
+    zero: Tensor | None
+    factor: Tensor | None
+    input_scale: Tensor | None
     holds: ClassVar[str] = "integer codes"
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
     def __init__(
         self, in_features: int, out_features: int, *, bits: int, group: int | None,
-        activation_bits: int | None, bias: nn.Parameter | None, shared: Any = None,
+        activation_bits: int | None, bias: nn.Parameter | None, shared: Any = None, zero: Zero = "none",
+        factored: bool = False, one_scale: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features = in_features
@@ -162,56 +227,95 @@ class IntegerLinear(Packed):
             self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8 if bits == 8 else torch.uint8))
         else:
             shared.bias = None  # or it would be stored twice
-        self.register_buffer("scale", torch.ones(out_features, in_features // group if group else 1))
+        groups = (out_features, in_features // group if group else 1)
+        self.register_buffer("scale", torch.ones(groups))
+        zeros = {"none": None, "whole": torch.zeros(groups, dtype=torch.int8), "real": torch.zeros(groups)}
+        self.register_buffer("zero", zeros[zero])
+        self.register_buffer("factor", torch.ones(in_features) if factored else None)
+        self.register_buffer("input_scale", torch.ones(()) if one_scale else None)
 
     @property
     def runs_on_integers(self) -> bool:
         """Whether the product is an integer one, rather than one of the dequantized weight."""
-        return bool(self.activation_bits) and not self.group and self.scale.device.type == "cpu"
+        plain = not self.group and self.zero is None
+        return bool(self.activation_bits) and plain and self.scale.device.type == "cpu"
+
+    @property
+    def layout(self) -> Layout:
+        """How the codes are laid out."""
+        kind: Zero = "none" if self.zero is None else "real" if self.zero.is_floating_point() else "whole"
+        return Layout(bits=self.bits, group=self.group, zero=kind)
 
     @property
     def zeros_without_code(self) -> int:
         """Those that the shared values leave out; else every weight has its code."""
         return 0 if self.shared is None else int(self.shared.zeros_without_code)
 
-    def store(self, codes: Tensor, scale: Tensor) -> None:
-        """Take codes (out, in) int8 and scales (out, groups)."""
+    def store(
+        self, codes: Tensor, scale: Tensor, zero: Tensor | None = None, factor: Tensor | None = None,
+        input_scale: Tensor | None = None, **others: Tensor,
+    ) -> None:  # fmt: skip
+        """Take codes (out, in) int8 and what belongs to them. `others` is what other links recorded."""
         device = self.scale.device
         self.scale = scale.to(device)
+        for name, given in (("zero", zero), ("factor", factor), ("input_scale", input_scale)):
+            present = getattr(self, name)
+            assert (given is None) == (present is None), name
+            if given is not None:
+                setattr(self, name, given.to(device, present.dtype))
         self._operand = None
         if self.shared is None:
-            self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.bits)).to(device)
+            self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.layout)).to(device)
         assert torch.equal(self.integers(), codes.to(device)), "the codes are not those of the shared values"
 
     def integers(self) -> Tensor:
         """The codes, (out, in) int8."""
         if self.shared is not None:
-            grouped = self.shared.dequantized().view(self.out_features, self.scale.shape[1], -1)
-            return (grouped / self.scale[:, :, None]).round_().to(torch.int8).view(self.out_features, -1)
+            scale, zero = self._grid()
+            grouped = self.layout.grouped(self.shared.dequantized())
+            return self.layout.codes_of(grouped, scale, zero).to(torch.int8).view(self.out_features, -1)
         if self.bits == 8:
             return self.codes
-        return unpack(self.codes, self.bits, (self.out_features, self.in_features)).to(self.codes.device)
+        return unpack(self.codes, self.layout, (self.out_features, self.in_features)).to(self.codes.device)
 
     def dequantized(self) -> Tensor:
-        """codes * scale, (out, in), bit for bit the folded weight."""
-        grouped = self.integers().view(self.out_features, self.scale.shape[1], -1).float()
-        return grouped.mul_(self.scale[:, :, None]).view(self.out_features, self.in_features)
+        """(codes - zero) * scale * factor, (out, in), bit for bit the folded weight."""
+        return self._values() if self.factor is None else self._values() * self.factor
+
+    def _values(self) -> Tensor:
+        """What the codes stand for: the weight of the input times its factor."""
+        values = values_of(self.layout.grouped(self.integers()), *self._grid())
+        return values.view(self.out_features, self.in_features)
+
+    def _grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero, each (out, groups, 1)."""
+        return self.scale[..., None], None if self.zero is None else self.zero.float()[..., None]
 
     def forward(self, values: Tensor) -> Tensor:
         if self._operand is None:
             with torch.inference_mode(False), torch.no_grad():  # it may be used under a gradient later
-                dense = not self.runs_on_integers
-                self._operand = self.dequantized().to(self.scale.dtype) if dense else self.integers().t().contiguous()
+                if self.runs_on_integers:
+                    self._operand = self.integers().t().contiguous()
+                else:
+                    dense = self._values() if self.activation_bits else self.dequantized()
+                    self._operand = dense.to(self.scale.dtype)
         if not self.activation_bits:
             return functional.linear(values, self._operand, self.bias)
-        if not self.runs_on_integers:
-            codes, scale = to_codes(values, self.activation_bits)
-            return functional.linear((codes * scale).to(values.dtype), self._operand, self.bias)
-        codes, scale = to_codes(values.reshape(-1, self.in_features), self.activation_bits)
-        product = torch._int_mm(codes.to(torch.int8), self._operand).float().mul_(scale).mul_(self.scale[:, 0])
-        if self.bias is not None:
-            product += self.bias
+        codes, scale = self._input_codes(values.reshape(-1, self.in_features))
+        if self.runs_on_integers:
+            product = torch._int_mm(codes.to(torch.int8), self._operand).float().mul_(scale).mul_(self.scale[:, 0])
+            product = product if self.bias is None else product.add_(self.bias)
+        else:
+            product = functional.linear((codes * scale).to(values.dtype), self._operand, self.bias)
         return product.view(*values.shape[:-1], self.out_features).to(values.dtype)
+
+    def _input_codes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of (tokens, in) as floats, and their scale: of each token (tokens, 1), or one for all."""
+        assert self.activation_bits
+        values = values if self.factor is None else values * self.factor
+        if self.input_scale is None:
+            return to_codes(values, self.activation_bits)
+        return input_codes(values, self.input_scale, self.activation_bits), self.input_scale
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group={self.group}"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import nn
 
 from niwaki.compression.quantize.integers import put_on_grid, to_integers
+from niwaki.compression.quantize.layout import Layout, check_bits
+from niwaki.compression.quantize.trained import EnterGrid, GridSchedule, InputScale, TrainedGrid, WeightScale
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Effects, Phase, Stage
+from niwaki.weights import links, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,37 +23,96 @@ class QAT(Stage):
     """Forward: round(w / s) s, with s = max|w| / q drawn anew at each step; backward: straight through.
 
     `bits`: 2 to 8. `group`: inputs that share a scale; null for one scale per output channel.
-    `activation_bits`: inputs of the linears rounded per token to so many bits; null leaves them alone.
+    `activation_bits`: inputs of the linears rounded to so many bits; null leaves them alone.
+    `scale`: absmax, or lsq: s learns with the weights (Esser et al. 2019, arXiv:1902.08153), and what lies beyond the
+    last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact,
+    one learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
+    through it. `begin`: the fraction of the fit after which it runs through the grid. `freeze`: the one from which
+    scales stay as they are; null: never.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZE
-    paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877"
+    paper: ClassVar[str] = (
+        "Jacob et al. 2018, arXiv:1712.05877; Esser et al. 2019, arXiv:1902.08153; Choi et al. 2018, arXiv:1805.06085"
+    )
 
     bits: int = 8
     group: int | None = None
     activation_bits: int | None = 8
+    scale: WeightScale = "absmax"
+    activation_scale: InputScale = "token"
+    begin: float = 0.0
+    freeze: float | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"compression.qat.bits={self.bits}: needs a whole number from 2 to 8")
-        if self.group is not None and self.group < 2:
-            raise ConfigError(f"compression.qat.group={self.group}: needs null or a whole number of at least 2")
+        check_bits(self.bits, self.group, "compression.qat")
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
             raise ConfigError(
                 f"compression.qat.activation_bits={self.activation_bits}: needs null or a whole number from 2 to 8"
             )
+        for name, kinds in (("scale", get_args(WeightScale)), ("activation_scale", get_args(InputScale))):
+            if getattr(self, name) not in kinds:
+                raise ConfigError(f"compression.qat.{name}={getattr(self, name)!r}: needs one of {', '.join(kinds)}")
+        if self.activation_bits is None and self.activation_scale != "token":
+            raise ConfigError(
+                f"compression.qat.activation_scale={self.activation_scale}: has no effect with "
+                "compression.qat.activation_bits=null; leave it token"
+            )
+        if not 0 <= self.begin < 1:
+            raise ConfigError(f"compression.qat.begin={self.begin}: needs a number in 0..1, below 1")
+        if self.freeze is not None and not self.begin < self.freeze < 1:
+            raise ConfigError(
+                f"compression.qat.freeze={self.freeze}: needs null or a number above compression.qat.begin="
+                f"{self.begin}, below 1"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """Of the weights."""
+        return Layout(bits=self.bits, group=self.group)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether nothing of the grid is known from one step to the next."""
+        return (self.scale, self.activation_scale, self.begin, self.freeze) == ("absmax", "token", 0.0, None)
+
+    def needs_fit(self) -> str | None:
+        if self._plain:
+            return None
+        given = [
+            f"{name}={getattr(self, name)}"
+            for name, usual in (("scale", "absmax"), ("activation_scale", "token"), ("begin", 0.0), ("freeze", None))
+            if getattr(self, name) != usual
+        ]
+        return f"compression.qat.{given[0]}: needs a fit; trainer.max_epochs=0 has none"
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        for name, linear in targets.items():
-            if self.group and linear.in_features % self.group:
-                raise ConfigError(
-                    f"compression.qat.group={self.group}: {name} has {linear.in_features} inputs, "
-                    "which it does not divide"
-                )
+        self.layout.check(targets, "compression.qat")
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
-        put_on_grid(context.targets, self.bits, self.group, self.activation_bits)
-        return Effects()
+        if self._plain:
+            put_on_grid(context.targets, self.bits, self.group, self.activation_bits)
+            return Effects()
+        begin = round(self.begin * context.steps)
+        hold = None if self.freeze is None else max(round(self.freeze * context.steps), begin + 1)
+        grids = {linear: self._stack(linear, begun=begin == 0) for linear in context.targets.values()}
+        return Effects(callbacks=[GridSchedule(grids, begin=begin, hold=hold)], settled=begin)
+
+    def _stack(self, linear: nn.Linear, *, begun: bool) -> TrainedGrid:
+        """A grid on top of the chain of a linear. Its scales learn where something of the linear does."""
+        learns = any(parameter.requires_grad for parameter in linear.parameters())
+        learns = learns or any(link.phase is Phase.TUNE for link in links(linear))
+        weight = linear.weight.detach()
+        grid = TrainedGrid(
+            weight.shape, self.layout, self.scale, self.activation_bits, self.activation_scale, begun=begun
+        ).to(weight.device)  # fmt: skip
+        for parameter in grid.parameters():
+            parameter.requires_grad_(learns)
+        if begun:
+            grid.begin(weight)
+        stack(linear, grid)
+        linear.register_forward_pre_hook(EnterGrid(grid))
+        return grid
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        return to_integers(model, context, self.bits, self.group, self.activation_bits)
+        return to_integers(model, context, self.layout, self.activation_bits)

@@ -1,0 +1,53 @@
+"""One scale for all activations: the three ranges by hand, and a sample that stays small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from niwaki.compression.quantize import int8_static
+from niwaki.compression.quantize.int8_static import Int8Static, Sample
+from niwaki.errors import ConfigError
+
+VALUES = torch.cat([torch.linspace(-1, 1, 1999), torch.tensor([50.0])])
+
+
+def bound(**fields: Any) -> float:
+    stage = Int8Static(**fields)
+    return float(stage.bound(stage.statistic(VALUES[:700]) + stage.statistic(VALUES[700:])))
+
+
+def test_the_ranges_by_hand() -> None:
+    assert bound(range="min_max") == 50.0
+    ordered = sorted(map(abs, VALUES.tolist()))
+    assert bound(range="percentile", percentile=99.0) == pytest.approx(ordered[1979])  # 99% of 2,000: the 1,980th
+    assert bound(range="percentile", percentile=100.0) == 50.0
+    tried = []
+    for step in range(1, 101):
+        scale = 50.0 * step / 100 / 127
+        codes = [max(-127, min(127, round(abs(value) / scale))) for value in VALUES.tolist()]
+        tried.append((sum((code * scale - abs(v)) ** 2 for code, v in zip(codes, VALUES.tolist(), strict=True)), step))
+    assert bound(range="mse") == pytest.approx(50.0 * min(tried)[1] / 100, rel=1e-5)
+
+
+def test_a_sample_stays_small_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_static, "KEPT", 100)
+    stage, whole = Int8Static(), torch.rand(40, 100) * torch.linspace(0.5, 1, 40)[:, None]
+    found = stage.statistic(whole[0])
+    for row in whole[1:]:
+        found = found + stage.statistic(row)
+    assert len(found.values) <= 200
+    assert float(found.largest) == float(whole.max())
+    assert float(found.values.mean()) == pytest.approx(float(whole.mean()), abs=0.08)
+    assert isinstance(found, Sample)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"range": "max"}, "range='max'"), ({"percentile": 30.0}, "percentile=30.0"), ({"rows": 0}, "rows=0")],
+)
+def test_refusals(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^compression\.int8_static\.{said}: needs"):
+        Int8Static(**fields)

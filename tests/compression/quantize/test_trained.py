@@ -1,0 +1,173 @@
+"""Scales that learn, begin and are held: LSQ's and PACT's gradients by hand, and what a checkpoint brings back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.compression.quantize.layout import Layout
+from niwaki.compression.quantize.qat import QAT
+from niwaki.compression.quantize.trained import InputGrid, LearnedStep, TrainedGrid
+from niwaki.errors import ConfigError
+from niwaki.weights import fold, links
+
+
+@pytest.mark.parametrize("step", [0.3, 0.05])
+def test_the_gradients_of_a_learned_step_by_hand(step: float) -> None:
+    """Equation 3 of the paper, value by value; the gain is 1 / sqrt(values * q)."""
+    values, s = torch.randn(2, 6, requires_grad=True), torch.full((2, 1), step, requires_grad=True)
+    gain = 1 / math.sqrt(6 * 7)
+    upstream = torch.randn(2, 6)
+    found = LearnedStep.apply(values, s, -7, 7, gain)
+    found.backward(upstream)
+    found, given = found.detach(), values.detach()
+    for row in range(2):
+        of_step = 0.0
+        for column in range(6):
+            v = float(given[row, column]) / step
+            code = max(-7, min(7, round(v)))
+            assert float(found[row, column]) == pytest.approx(code * step, abs=1e-6)
+            g = float(upstream[row, column])
+            assert float(values.grad[row, column]) == pytest.approx(g if -7 <= v <= 7 else 0.0)  # type: ignore[index]
+            of_step += g * (code - v if -7 <= v <= 7 else code) * gain
+        assert float(s.grad[row, 0]) == pytest.approx(of_step, rel=1e-4, abs=1e-6)  # type: ignore[index]
+
+
+def test_scales_start_where_the_paper_says() -> None:
+    weight = torch.randn(4, 16)
+    grid = TrainedGrid(weight.shape, Layout(bits=4, group=8), "lsq", 8, "lsq", begun=False)
+    assert torch.equal(grid(weight), weight)
+    grid.begin(weight)
+    expected = [2 * sum(map(abs, half)) / 8 / math.sqrt(7) for row in weight.tolist() for half in (row[:8], row[8:])]
+    assert grid.step.tolist() == pytest.approx(expected, rel=1e-5)
+    assert grid.inputs is not None
+    values = torch.randn(3, 16)
+    grid.train()
+    grid.enter(values)
+    assert grid.inputs.learned.item() == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
+    grid.enter(values * 9)
+    assert grid.inputs.learned.item() == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
+
+
+def test_pact_learns_its_end_from_what_lies_beyond_it() -> None:
+    grid = InputGrid(4, "pact")
+    grid.train()
+    first = torch.tensor([[0.5, -2.0, 1.0]])
+    grid(first)
+    assert grid.learned.item() == 2.0
+    values = torch.tensor([[5.0, -3.0, 0.7, -0.2]], requires_grad=True)
+    found = grid(values)
+    assert found.tolist()[0] == pytest.approx([2.0, -2.0, round(0.7 * 3.5) / 3.5, round(-0.2 * 3.5) / 3.5], abs=1e-6)
+    found.backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
+    assert float(grid.learned.grad) == 1.0 - 10.0  # type: ignore[arg-type]
+    assert values.grad.tolist()[0] == [0.0, 0.0, 100.0, 1000.0]  # type: ignore[union-attr]
+
+
+KINDS = [
+    {"scale": "lsq"}, {"activation_scale": "lsq"}, {"scale": "lsq", "activation_scale": "pact", "bits": 4, "group": 8},
+    {"begin": 0.3, "freeze": 0.6}, {"scale": "lsq", "activation_scale": "lsq", "begin": 0.3, "freeze": 0.6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=str)
+@pytest.mark.parametrize(("family", "task"), [("bert", "ner"), ("llama", "causal_lm")])
+def test_what_is_stored_is_what_was_trained(
+    setting: Callable[..., Any], train: Callable[..., Any], family: str, task: str, fields: dict[str, Any]
+) -> None:
+    one = setting(family, task)
+    context, stage = one.context(steps=4), QAT(**fields)
+    effects = stage.prepare(one.model, context)
+    assert effects.settled == round(4 * fields.get("begin", 0.0))
+    train(one.learner(effects=[effects]), [one.batch()] * 4, callbacks=effects.callbacks)
+    trained = one.logits()
+    for linear in context.targets.values():
+        (grid,) = links(linear)
+        assert isinstance(grid, TrainedGrid)
+        assert grid.begun
+        assert grid.frozen == ("freeze" in fields)
+    context.records.update(fold(context.targets))
+    (edit,) = stage.finalize(one.model, context)
+    learned = fields.get("activation_scale", "token") != "token"
+    assert sorted(edit.one_scale) == (sorted(context.targets) if learned else [])  # type: ignore[attr-defined]
+    assert any(isinstance(module, IntegerLinear) for module in one.model.modules())
+    assert torch.allclose(one.logits(), trained, atol=1e-5)
+
+
+def test_before_its_beginning_the_fit_is_that_without_it(
+    setting: Callable[..., Any], train: Callable[..., Any]
+) -> None:
+    ends = []
+    for stage in (QAT(begin=0.9), None):
+        one = setting()
+        effects = [stage.prepare(one.model, one.context(steps=10))] if stage else []
+        train(one.learner(effects=effects), [one.batch()] * 3, callbacks=[c for e in effects for c in e.callbacks])
+        ends.append(one.logits())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("scale", ["absmax", "lsq"])
+def test_a_held_scale_moves_no_more(setting: Callable[..., Any], train: Callable[..., Any], scale: Any) -> None:
+    one = setting()
+    stage, context = QAT(scale=scale, activation_scale="lsq", freeze=0.3), one.context(steps=6)
+    effects = stage.prepare(one.model, context)
+    batches = [one.batch()] * 6
+    seen = []
+
+    class Look(type(effects.callbacks[0]).__mro__[1]):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            linear = next(iter(context.targets.values()))
+            grid: Any = links(linear)[0]
+            grouped = grid.layout.grouped(linear.parametrizations.weight.original.detach())
+            seen.append((grid._scale(grouped).flatten().tolist(), grid.inputs.learned.item()))
+
+    train(one.learner(effects=[effects]), batches, callbacks=[*effects.callbacks, Look()])
+    assert seen[2] == seen[5]  # held after step 2
+    assert seen[0] != seen[1]
+
+
+def test_a_checkpoint_brings_the_state_back() -> None:
+    weight = torch.randn(4, 16)
+    one, other = (TrainedGrid(weight.shape, Layout(bits=4), "absmax", 8, "lsq", begun=False) for _ in range(2))
+    one.begin(weight)
+    one.train()
+    one.enter(torch.randn(2, 16))
+    one.hold(weight)
+    other.load_state_dict(one.state_dict())
+    assert (other.begun, other.frozen) == (True, True)
+    assert other.inputs is not None
+    assert other.inputs.drawn
+    assert torch.equal(other(weight * 2), one(weight * 2))
+    other.rest()
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_scales_of_a_linear_that_rests_rest_too() -> None:
+    linear = nn.Linear(8, 4)
+    linear.requires_grad_(False)
+    grid = QAT(scale="lsq")._stack(linear, begun=True)
+    assert not any(parameter.requires_grad for parameter in grid.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"scale": "max"}, "scale='max': needs one of absmax, lsq"), ({"begin": 1.0}, "begin=1.0: needs a number"),
+        ({"freeze": 0.2, "begin": 0.3}, "freeze=0.2: needs null or a number above"),
+        ({"activation_bits": None, "activation_scale": "lsq"}, "activation_scale=lsq: has no effect with"),
+        ({"activation_scale": "all"}, "activation_scale='all': needs one of token, lsq, pact"),
+    ],
+)  # fmt: skip
+def test_refusals(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^compression\.qat\.{said}"):
+        QAT(**fields)
+
+
+def test_without_a_fit_there_is_nothing_to_learn() -> None:
+    assert QAT().needs_fit() is None
+    assert str(QAT(scale="lsq").needs_fit()).startswith("compression.qat.scale=lsq: needs a fit")
