@@ -57,7 +57,9 @@ def test_it_is_made_once_and_every_method_that_asks_has_it(config_of: Any, tmp_p
 def test_another_config_has_another_teacher(config_of: Any) -> None:
     first, second = (auto_teacher.of_teacher(config_of(*STUDENT, f"optimizer.lr={rate}")) for rate in (1e-3, 1e-4))
     assert auto_teacher.digest(first) != auto_teacher.digest(second)
-    same = auto_teacher.of_teacher(config_of(*STUDENT, "optimizer.lr=1e-3", "compression.magnitude.sparsity=0.9"))
+    same = auto_teacher.of_teacher(
+        config_of(*STUDENT, "optimizer.lr=1e-3", "compression.magnitude.sparsity=0.9", "export=hf")
+    )
     assert auto_teacher.digest(first) == auto_teacher.digest(same)
 
 

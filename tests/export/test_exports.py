@@ -124,11 +124,14 @@ def test_it_is_timed_in_turns_with_the_artifact(run: Path, rows: Rows, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"added": 0.06}, r"its logits are up to 0\.06 from those of the artifact, the largest of which is 0\.\d+"),
+        ({"added": 9.0}, r"its logits are up to 9 from those of the artifact, the largest of which is \d+\.\d+;"),
         ({"added": float("nan")}, "some logits are no finite numbers"),
         ({"error": RuntimeError("no such operator\nsecond line")}, "RuntimeError: no such operator$"),
         ({"error": ExportError("cannot be traced")}, "cannot be traced$"),
-        ({"tolerance": 0.01, "factor": -1.0}, r"test accuracy is 0\.\d+, that of the artifact 0\.\d+; export.same.tol"),
+        (
+            {"tolerance": 0.01, "factor": -1.0},
+            r"test accuracy is 0\.\d+, that of the artifact 1\.0000; export.same.tol",
+        ),
     ],
 )
 def test_one_that_is_not_good_leaves_nothing(

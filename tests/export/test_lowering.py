@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from exported import IN, OUT, answered, integers, lowered, rows
+from torch import nn
 
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
 from niwaki.compression.share.stored import CodebookLinear
@@ -17,58 +18,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from niwaki.export import lowering  # noqa: E402
 
-OUT, IN = 24, 48
-
-
-def integers(
-    bits: int, group: int | None, activation_bits: int | None, *, bias: bool = True, zeros: float = 0.3
-) -> IntegerLinear:
-    """A linear on a grid, some of its weights zero, its rows of very different sizes."""
-    weight = torch.randn(OUT, IN) * torch.logspace(-1, 1, OUT)[:, None]
-    weight[torch.rand(OUT, IN) < zeros] = 0.0
-    linear = IntegerLinear(
-        IN, OUT, bits=bits, group=group, activation_bits=activation_bits,
-        bias=nn.Parameter(torch.randn(OUT)) if bias else None,
-    )  # fmt: skip
-    codes, scale = to_codes(weight.reshape(-1, group) if group else weight, bits)
-    linear.store(codes.to(torch.int8).reshape(OUT, IN), scale.reshape(OUT, -1))
-    return linear
-
-
-def lowered(linear: Any, opset: int = 21, kernels: str = "portable") -> Any:
-    """A graph of this linear alone."""
-    value = ir.Value(name="x", shape=ir.Shape(["rows", "tokens", IN]), type=ir.TensorType(ir.DataType.FLOAT))
-    node = ir.Node("niwaki", "Packed", [value], [ir.AttrString("key", "linear")], num_outputs=1)
-    (out,) = node.outputs
-    out.name, out.dtype, out.shape = "y", ir.DataType.FLOAT, ir.Shape(["rows", "tokens", OUT])
-    graph = ir.Graph([value], [out], nodes=[node], opset_imports={"": opset, "niwaki": 1}, name="one")
-    model = ir.Model(graph, ir_version=10)
-    lowering.lower(model, {"linear": linear}, opset, kernels)
-    lowering.check_lowered(model)
-    return model
-
-
-def answered(model: Any, values: Tensor, *, optimized: bool = True) -> list[np.ndarray[Any, Any]]:
-    """All outputs of a graph."""
-    options = onnxruntime.SessionOptions()
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    text = ir.serde.serialize_model(model).SerializeToString()
-    found: list[Any] = onnxruntime.InferenceSession(text, options).run(None, {"x": values.numpy()})
-    return found
-
 
 def stored(model: Any) -> dict[str, Any]:
     """The tensors in the file, by what they are."""
     found = {value.name.rpartition(".")[2]: value.const_value for value in model.graph.initializers.values()}
     return {name: tensor for name, tensor in found.items() if not name.isdigit()}
-
-
-def rows() -> Tensor:
-    """Tokens of very different sizes, one of them nothing but zeros."""
-    values = torch.randn(3, 5, IN) * torch.logspace(-2, 2, 15).view(3, 5, 1)
-    values[1, 2] = 0.0
-    return values
 
 
 @pytest.mark.parametrize("optimized", [True, False])

@@ -83,9 +83,8 @@ def write(one: Export, saved: Artifact, folder: Path, corpus: Corpus) -> dict[st
     """The model, the tokenizer and `export.json`, which it returns."""
     before = artifact.checksum(artifact.weights_of(saved.folder))
     facts = one.write(saved, example(corpus), folder)
+    of_tokenizer = {Path(path).name for path in saved.tokenizer.save_pretrained(folder)}
     files = {path.relative_to(folder).as_posix(): artifact.stamp(path) for path in files_of(folder)}
-    saved.tokenizer.save_pretrained(folder)
-    others = {path.relative_to(folder).as_posix(): artifact.stamp(path) for path in files_of(folder)}
     card = {
         "schema": 1,
         "niwaki": __version__,
@@ -94,9 +93,9 @@ def write(one: Export, saved: Artifact, folder: Path, corpus: Corpus) -> dict[st
         "labels": list(saved.labels),
         "max_length": saved.task.max_length,
         **facts,
-        "bytes": sum(stamp["bytes"] for stamp in files.values()),
+        "bytes": sum(stamp["bytes"] for name, stamp in files.items() if name not in of_tokenizer),
         "weights_of_artifact": before,
-        "files": others | files,
+        "files": files,
     }
     (folder / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return card
