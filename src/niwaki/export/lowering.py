@@ -63,11 +63,13 @@ class Placeholder(nn.Module):
         super().__init__()
         self.key = key
         self.out_features = packed.out_features
+        self.of_numbers = isinstance(packed, Table)
 
     def forward(self, values: Tensor) -> Tensor:
+        before = values.shape if self.of_numbers else values.shape[:-1]
         found: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Packed", (values,), {"key": self.key}, dtype=torch.float32,
-            shape=[*values.shape[:-1], self.out_features], version=1,
+            shape=[*before, self.out_features], version=1,
         )  # fmt: skip
         return found
 

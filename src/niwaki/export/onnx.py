@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
 from niwaki.export.runner import PRECISE, OnnxRunner, Runner
+from niwaki.model.anatomy import Anatomy
 from niwaki.weights import packed
 
 if TYPE_CHECKING:
@@ -90,9 +91,9 @@ class Logits(nn.Module):
         return logits
 
 
-def dimensions(example: Mapping[str, Tensor]) -> list[dict[int, Any]]:
-    """Rows and tokens, any number of each, the same for all inputs."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+def dimensions(model: Any, example: Mapping[str, Tensor]) -> list[dict[int, Any]]:
+    """Rows and tokens, the same for all inputs: any number of rows, and of tokens what the model reads."""
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=Anatomy.of(model).positions)
     return [{0: batch, 1: length} for _ in example]
 
 
@@ -107,7 +108,7 @@ def traced(model: Any, example: Mapping[str, Tensor], opset: int) -> Any:
         with quiet_exporter(), torch.no_grad():
             program: Any = torch.onnx.export(
                 Logits(model, names).eval(), tuple(example.values()), dynamo=True,
-                dynamic_shapes={"given": tuple(dimensions(example))}, input_names=names, output_names=["logits"],
+                dynamic_shapes={"given": tuple(dimensions(model, example))}, input_names=names, output_names=["logits"],
                 opset_version=opset, verbose=False,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:

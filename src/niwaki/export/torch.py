@@ -77,7 +77,7 @@ def exported(model: Any, example: Mapping[str, Tensor]) -> Any:
         with quiet_exporter(), torch.no_grad():
             program = torch.export.export(
                 Logits(model, list(example)).eval(), tuple(example.values()),
-                dynamic_shapes={"given": tuple(dimensions(example))},
+                dynamic_shapes={"given": tuple(dimensions(model, example))},
             )  # fmt: skip
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
