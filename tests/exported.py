@@ -33,6 +33,35 @@ def integers(
     return linear
 
 
+def by_hand(linear: IntegerLinear, values: Tensor) -> Tensor:
+    """((codes - zero) * scale) (factor * x) + bias, x rounded per token or by a scale that was measured before."""
+    zero, factor, static = (getattr(linear, name, None) for name in ("zero", "factor", "input_scale"))
+    values = values if factor is None else values * factor
+    if linear.activation_bits and static is not None:
+        last = 2 ** (linear.activation_bits - 1) - 1
+        values = (values / static).round().clamp(-last, last) * static
+    elif linear.activation_bits:
+        codes, scale = to_codes(values, linear.activation_bits)
+        values = codes * scale
+    grouped = linear.integers().view(OUT, linear.scale.shape[1], -1).double()
+    grouped = grouped if zero is None else grouped - zero[:, :, None]
+    weight = (grouped * linear.scale[:, :, None]).view(OUT, IN)
+    found = values.double() @ weight.t()
+    return (found if linear.bias is None else found + linear.bias.detach()).float()
+
+
+def widened(linear: IntegerLinear, *parts: str) -> IntegerLinear:
+    """The linear with these parts: whole or real zeros, a factor of the input, one scale for all inputs."""
+    shape = linear.scale.shape
+    made = {
+        "whole": ("zero", torch.randint(-3, 4, shape)), "real": ("zero", torch.randn(shape)),
+        "factor": ("factor", torch.rand(IN) + 0.5), "input_scale": ("input_scale", torch.tensor(0.01)),
+    }  # fmt: skip
+    for part in parts:
+        setattr(linear, *made[part])
+    return linear
+
+
 def lowered(linear: Any, opset: int = 21, kernels: str = "portable") -> Any:
     """A graph of this linear alone, in nodes of ONNX."""
     import onnx_ir as ir

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import IN, OUT, answered, integers, lowered, rows
+from exported import IN, OUT, answered, by_hand, integers, lowered, rows, widened
 from torch import nn
 
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
@@ -110,34 +110,17 @@ def test_zeros_stay_zeros_where_blocks_are_multiplied_by_one_kernel() -> None:
 
 
 @pytest.mark.parametrize("kernels", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("parts", [("whole",), ("real",), ("factor",), ("whole", "factor"), ("input_scale",),
+                                   ("factor", "input_scale")])  # fmt: skip
 @pytest.mark.parametrize("activation_bits", [None, 8])
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 16), (4, 8)])
-def test_a_zero_point_is_taken_off(bits: int, group: int | None, activation_bits: int | None, kernels: str) -> None:
-    """w = (codes - zero) * scale."""
-    linear, values = integers(bits, group, activation_bits), rows()
-    zero = torch.randint(-3, 4, linear.scale.shape)
-    linear.zero = zero
-    grouped = linear.integers().view(OUT, linear.scale.shape[1], -1) - zero[:, :, None]
-    weight = (grouped * linear.scale[:, :, None]).view(OUT, IN)
-    if activation_bits:
-        codes, scale = to_codes(values, activation_bits)
-        values_seen = codes * scale
-    else:
-        values_seen = values
-    expected = nn.functional.linear(values_seen, weight, linear.bias).detach()
+def test_what_else_a_linear_may_hold(
+    bits: int, group: int | None, activation_bits: int | None, parts: tuple[str, ...], kernels: str
+) -> None:
+    """Zeros, whole or real; a factor of the input; a scale of the input that was measured before."""
+    linear, values = widened(integers(bits, group, activation_bits), *parts), torch.randn(3, 5, IN)
+    expected = by_hand(linear, values)
     (found,) = answered(lowered(linear, kernels=kernels), values)
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
-
-
-@pytest.mark.parametrize("group", [None, 16])
-def test_a_scale_of_the_input_that_was_measured_before_is_used(group: int | None) -> None:
-    """What is beyond it is cut off at the last code."""
-    linear, values = integers(8, group, 8), torch.randn(3, 5, IN)
-    linear.input_scale = torch.tensor(0.01)
-    codes = (values / 0.01).round().clamp(-127, 127)
-    assert int((codes.abs() == 127).sum()) > 10
-    expected = nn.functional.linear(codes * 0.01, linear.dequantized(), linear.bias).detach()
-    (found,) = answered(lowered(linear), values)
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
 
 

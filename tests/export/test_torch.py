@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import saved
+from exported import IN, by_hand, integers, saved, widened
 
 from niwaki import artifact
 from niwaki.compression.quantize.int8 import Int8
@@ -68,6 +68,16 @@ def test_each_product_is_that_of_the_linear(bits: int, group: int | None, activa
     values = torch.randn(20, 3, 16)
     values[0, 0] = 0.0
     torch.testing.assert_close(TracedIntegers(linear)(values), linear(values), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("parts", [("whole",), ("real", "factor"), ("factor", "input_scale")])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("group", [None, 16])
+def test_what_else_a_linear_may_hold(group: int | None, activation_bits: int | None, parts: tuple[str, ...]) -> None:
+    linear, values = widened(integers(4, group, activation_bits), *parts), torch.randn(6, 5, IN)
+    expected = by_hand(linear, values)
+    found = TracedIntegers(linear)(values).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
 
 
 def test_a_compiler_that_is_not_there_is_named_before_the_fit(

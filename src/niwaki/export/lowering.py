@@ -172,12 +172,14 @@ def lower(model: Any, held: dict[str, Any], opset: int, kernels: str = "portable
 
 def integer_linear(module: IntegerLinear, values: Any, graph: Graph) -> Any:
     """IntegerLinear.forward, step by step."""
+    if (factor := getattr(module, "factor", None)) is not None:
+        values = graph.node("Mul", values, graph.constant(factor.float(), name="factor"))
     if graph.kernels == "dynamic":
         return dynamic_product(module, values, graph)
     if not module.activation_bits:
         return dequantized_product(module, values, graph)
     codes, scale = rounded(module, values, graph)
-    if not module.runs_on_integers:
+    if not module.runs_on_integers or zero_points(module) is not None:
         return dequantized_product(module, graph.node("Mul", codes, scale), graph)
     product = integer_product(module, codes, graph)
     product = graph.node("Mul", graph.node("Cast", product, to=ir.DataType.FLOAT), scale)
@@ -201,15 +203,9 @@ def rounded(module: IntegerLinear, values: Any, graph: Graph) -> tuple[Any, Any]
 
 
 def integer_product(module: IntegerLinear, codes: Any, graph: Graph) -> Any:
-    """int32 sums of products of codes; what the weights' zero point takes off is taken off here."""
+    """int32 sums of products of codes."""
     weight = graph.once(lambda: turned_codes(module, graph))
-    whole = graph.node("Cast", codes, to=ir.DataType.INT8)
-    zero = zero_points(module)
-    if zero is None:
-        return graph.node("MatMulInteger", whole, weight)
-    points = graph.constant(zero[:, 0].to(torch.int8), ir.DataType.INT8, "zero")
-    own = graph.constant(np.array(0, dtype=np.int8), ir.DataType.INT8)
-    return graph.node("MatMulInteger", whole, weight, own, points)
+    return graph.node("MatMulInteger", graph.node("Cast", codes, to=ir.DataType.INT8), weight)
 
 
 def turned_codes(module: IntegerLinear, graph: Graph) -> Any:
@@ -252,7 +248,7 @@ def tied_head(head: TiedHead, values: Any, graph: Graph) -> Any:
 
 
 def zero_points(module: IntegerLinear) -> Tensor | None:
-    """The code of zero (out, groups), where that is not 0."""
+    """The code of zero (out, groups), where that is not 0: whole, or a real number."""
     zero: Tensor | None = getattr(module, "zero", None)
     return zero
 
@@ -273,6 +269,8 @@ def dequantized(module: IntegerLinear, graph: Graph) -> Any:
     """
     kind, zero = graph.codes(module.bits), zero_points(module)
     codes = graph.constant(module.integers(), kind, "codes")
+    if zero is not None and zero.is_floating_point():
+        return graph.node("Transpose", off_a_real_zero(module, codes, zero, graph), perm=[1, 0])
     scale = graph.constant(module.scale.float(), name="scale")
     zero = torch.zeros_like(module.scale) if zero is None else zero
     points = graph.constant(zero.to(torch.int8), kind, "zero")
@@ -281,14 +279,27 @@ def dequantized(module: IntegerLinear, graph: Graph) -> Any:
     return graph.node("Transpose", weight, perm=[1, 0])
 
 
+def off_a_real_zero(module: IntegerLinear, codes: Any, zero: Tensor, graph: Graph) -> Any:
+    """(codes - zero) * scale, (out, in), for a zero that DequantizeLinear does not take."""
+    groups = module.scale.shape[1]
+    rows = module.out_features
+    by_group, whole = (graph.constant(np.array(shape)) for shape in ((rows, groups, -1), (rows, -1)))
+    points, scale = (
+        graph.constant(one.float()[:, :, None], name=name) for one, name in ((zero, "zero"), (module.scale, "scale"))
+    )
+    grouped = graph.node("Reshape", graph.node("Cast", codes, to=ir.DataType.FLOAT), by_group)
+    return graph.node("Reshape", graph.node("Mul", graph.node("Sub", grouped, points), scale), whole)
+
+
 def block_product(module: IntegerLinear, values: Any, graph: Graph) -> Any:
     """MatMulNBits of ONNX Runtime, for codes of 3 or 4 bits whose groups it can take; else None."""
     groups = module.scale.shape[1]
     block = module.in_features // groups if groups > 1 else BLOCK
     if module.bits not in (3, 4) or block < LEAST_BLOCK or block & (block - 1):
         return None
-    rows, blocks = module.out_features, -(-module.in_features // block)
-    zero = zero_points(module)
+    rows, blocks, zero = module.out_features, -(-module.in_features // block), zero_points(module)
+    if zero is not None and zero.is_floating_point():
+        return None
     zero = torch.zeros_like(module.scale) if zero is None else zero
     scale, zero = (one if groups > 1 else one[:, :1].expand(rows, blocks) for one in (module.scale, zero))
     codes = torch.zeros(rows, blocks * block, dtype=torch.int16)  # 0 behind the end, where the input is 0 too

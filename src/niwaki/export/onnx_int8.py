@@ -74,7 +74,7 @@ def to_8_bits(model: nn.Module, names: list[str]) -> None:
     """Put every linear of the blocks that has not one scale per channel on a symmetric 8-bit grid of its own."""
     for name in names:
         linear: Any = model.get_submodule(name)
-        if isinstance(linear, IntegerLinear) and linear.scale.shape[1] == 1:
+        if isinstance(linear, IntegerLinear) and linear.scale.shape[1] == 1 and not has_real_zero(linear):
             continue
         if not isinstance(linear, nn.Linear | Packed):  # below an adapter
             continue
@@ -85,6 +85,12 @@ def to_8_bits(model: nn.Module, names: list[str]) -> None:
         codes, scale = to_codes(weight.float(), 8)
         integer.store(codes.to(torch.int8), scale)
         replace_everywhere(model, linear, integer)
+
+
+def has_real_zero(linear: IntegerLinear) -> bool:
+    """Whether zero lies between two codes."""
+    zero = getattr(linear, "zero", None)
+    return zero is not None and zero.is_floating_point()
 
 
 def hold_out_table(model: Any) -> dict[str, Any]:

@@ -92,25 +92,27 @@ class TracedIntegers(nn.Module):
     weight = None  # T5 asks for the type of a linear's weight, where it has one
     codes: Tensor
     scale: Tensor
+    zero: Tensor | None
+    factor: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, module: IntegerLinear) -> None:
         super().__init__()
-        if getattr(module, "zero", None) is not None or getattr(module, "input_scale", None) is not None:
-            raise ExportError("zero points and scales of inputs that were measured before are not exported so yet")
-        self.out_features = module.out_features
         self.activation_bits = module.activation_bits
-        self.integers = module.runs_on_integers
+        self.integers = module.runs_on_integers and getattr(module, "zero", None) is None
         codes = module.integers()
         self.register_buffer("codes", codes.t().contiguous() if self.integers else codes.contiguous())
         self.register_buffer("scale", module.scale.float())
+        for name in ("zero", "factor", "input_scale"):
+            found = getattr(module, name, None)
+            self.register_buffer(name, None if found is None else found.float())
         self.bias = module.bias
 
     def forward(self, values: Tensor) -> Tensor:
+        values = values if self.factor is None else values * self.factor
         if not self.activation_bits:
             return functional.linear(values, self.dequantized(), self.bias)
-        scale = values.abs().amax(-1, keepdim=True) / largest_code(self.activation_bits)
-        scale = torch.where(scale > 0, scale, 1.0)
-        codes = (values / scale).round()
+        codes, scale = self.rounded(values, largest_code(self.activation_bits))
         if not self.integers:
             return functional.linear(codes * scale, self.dequantized(), self.bias)
         flat = codes.flatten(0, -2).to(torch.int8)
@@ -118,7 +120,16 @@ class TracedIntegers(nn.Module):
         product = product * scale * self.scale[:, 0]
         return product if self.bias is None else product + self.bias
 
+    def rounded(self, values: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Codes (floats) and scale of the input: drawn from each token, or the one that was measured before."""
+        if self.input_scale is not None:
+            return (values / self.input_scale).round().clamp(-largest, largest), self.input_scale
+        scale = values.abs().amax(-1, keepdim=True) / largest
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (values / scale).round(), scale
+
     def dequantized(self) -> Tensor:
-        """codes * scale, (out, in)."""
+        """(codes - zero) * scale, (out, in)."""
         grouped = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
+        grouped = grouped if self.zero is None else grouped - self.zero[:, :, None]
         return (grouped * self.scale[:, :, None]).flatten(1)
