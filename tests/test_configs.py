@@ -18,7 +18,9 @@ NEEDED = {
     "data/files": ["data.train=rows.jsonl"],
     "data/hub": ["data.path=ag_news"],
     "model/pretrained": ["model.name=some/model"],
+    "experiment/multi_teacher": ["compression.logits.teacher=one", "compression.logits.more_teachers=[two]"],
     "experiment/tinybert_answers": ["model.name=some/model", "compression.logits.teacher=some/teacher"],
+    "experiment/tinybert_task": ["model.name=some/model", "compression.hidden.teacher=some/teacher"],
     "optimizer/adamw8bit": ["trainer=gpu"],
     "optimizer/schedule_free": ["schedule=constant"],
     **{

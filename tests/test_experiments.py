@@ -120,6 +120,29 @@ def test_a_general_student_is_tuned_for_a_task(run: Any) -> None:
     assert not torch.equal(saved.model.classifier.weight, start.classifier.weight)
 
 
+def test_tinybert_from_raw_text_to_a_task(run: Any, tmp_path: Path) -> None:
+    """A general student keeps its blocks in both steps on the task, whose teacher is a large model tuned there."""
+    student = run("tinybert_general", "model=tiny-bert")
+    teacher = run("", "model=tiny-bert")
+    first = run("tinybert_task", f"model.name={student}/model", f"compression.hidden.teacher={teacher}/model")
+    assert not (first / "checkpoints" / "best.ckpt").exists()
+    second = run("tinybert_answers", f"model.name={first}/model", f"compression.logits.teacher={teacher}/model")
+    assert [blocks_in(folder) for folder in (student, teacher, first, second)] == [2, 3, 2, 2]
+    with pytest.raises(ConfigError, match=r"^compression\.attention\.teacher: needs a hub name"):
+        run("tinybert_task", f"model.name={student}/model")
+
+
+def test_several_teachers_are_named(run: Any) -> None:
+    teachers = [run("", "model=tiny-bert", f"seed={seed}") / "model" for seed in (0, 1)]
+    named = [f"compression.logits.teacher={teachers[0]}", f"compression.logits.more_teachers=[{teachers[1]}]"]
+    student = run("multi_teacher", "model=tiny-bert", *named, "compression.logits.teacher_weights=[2,1]")
+    assert blocks_in(student) == 2
+    with pytest.raises(
+        ConfigError, match=r"^compression\.logits\.more_teachers=\[\]: needs null or a list of hub names"
+    ):
+        run("multi_teacher", "model=tiny-bert", named[0])
+
+
 def test_an_assistant_teaches_the_next(run: Any, tmp_path: Path) -> None:
     assistant = run("teacher_assistant", "model=tiny-bert", "compression.prune_layers.count=2")
     place = f"compression.logits.teacher={assistant}/model"

@@ -8,17 +8,19 @@
 #   experiments/distillation/study.sh students SST2             three and two of its six blocks, by each method
 #   experiments/distillation/study.sh ner CONLL                 a teacher of names and three of its blocks, by each method
 #   experiments/distillation/study.sh combined SST2             LoRA, 90% zeros and 8 bits: at once, and one after the other
-#   experiments/distillation/study.sh speed SST2                the clock and the file of six, three and two blocks
+#   experiments/distillation/study.sh speed SST2                the clock and the file of three and two blocks
+#   experiments/distillation/study.sh cache SST2                a step with the teacher's answers kept, asked for, and without
 #
-# SST2, CONLL and WORDS are folders with train, validation and test.jsonl.
+# SST2, CONLL and WORDS are folders with train, validation and test.jsonl. `speed` and `cache` take time: let nothing run
+# beside them.
 set -euo pipefail
 what=${1:-} data=${*: -1}
 [ ! -d "$data" ] || data=$(realpath "$data")
 [ $# -lt 3 ] || model=$(realpath "$2")
 cd "$(dirname "$0")/../.."
-sweep() { # ENDING STUDY MORE...
+sweep() { # ENDING STUDY MORE...: no best step is kept, so validation within a fit would tell nothing
   .venv/bin/python train.py -m study="$2" data=files "data.train=$data/train.$1" "data.validation=$data/validation.$1" \
-    "data.test=$data/test.$1" logger=none measure=scores 'callbacks=[]' "${@:3}"
+    "data.test=$data/test.$1" logger=none measure=scores 'callbacks=[]' trainer.limit_validation_batches=1 "${@:3}"
 }
 stories() { # STUDY TERM MORE...
   sweep txt "distillation-stories-$1" task=causal_lm model=pretrained model.name="$model" task.max_length=512 \
@@ -85,7 +87,10 @@ case $what in
     done
     stories on-policy ,distill/on_policy compression.on_policy.teacher="$model"
     ;;
-  g2p) three_ways g2p prune/neurons compression.neurons.ratio=0.9375 ;;
+  g2p)
+    words g2p-teacher model.name="$model" trainer.max_epochs=0 seed=0
+    three_ways g2p prune/neurons compression.neurons.ratio=0.9375
+    ;;
   g2p_t5)
     start=logs/distillation-t5-start
     [ -d $start ] || .venv/bin/python experiments/distillation/small_t5.py "$model" $start
@@ -103,6 +108,12 @@ case $what in
     sweep jsonl distillation-ner-teacher "${task[@]}" seed=0
     all_methods ner '[1,3,5]' 0
     ;;
+  speed)
+    for blocks in '[1,3,5]' '[2,5]'; do
+      cut "speed-${blocks//[^0-9]/}" "$blocks" 0 "" trainer.max_epochs=0 measure=full
+    done
+    ;;
+  cache) .venv/bin/python experiments/distillation/cache.py $teacher "$data" ;;
   combined)
     taught=(compression.logits.teacher=$teacher)
     combined without lora 2e-3 ""
@@ -111,7 +122,7 @@ case $what in
     combined full full 1e-4 ,distill/logits,distill/hidden "${taught[@]}"
     ;;
   *)
-    echo "$what: needs stories, g2p, g2p_t5, teacher, students, ner or combined" >&2
+    echo "$what: needs stories, g2p, g2p_t5, teacher, students, ner, speed, cache or combined" >&2
     exit 2
     ;;
 esac

@@ -23,9 +23,13 @@ from niwaki.recipe import Recipe  # noqa: E402
 from niwaki.stage import refuse_conflicts  # noqa: E402
 
 LABELS = {"classification": ("no", "yes"), "ner": ("B-X", "I-X", "O")}  # by task; () for the others
-TERMS = ("attention", "cosine", "cross_vocabulary", "hidden", "logits", "minilm", "on_policy", "pkd", "relational")
-NEEDED = {f"distill/{term}": [f"compression.{term}.teacher=teacher"] for term in TERMS}  # what they cannot do without
 YES = "yes"
+
+
+def needed(name: str) -> list[str]:
+    """What an option cannot do without."""
+    kind, _, method = name.rpartition("/")
+    return [f"compression.{method}.teacher=teacher"] if kind == "distill" else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ def option(axis: str, name: str) -> Any:
     """One option of an axis, with its own defaults."""
     many = axis in compose.GROUPS_OF_MANY
     chosen = f"{axis}=[{name}]" if many else f"{axis}={name}"
-    found = getattr(compose.build(compose.compose([chosen, *NEEDED.get(name, [])]).config), axis)
+    found = getattr(compose.build(compose.compose([chosen, *needed(name)]).config), axis)
     return next(iter(found.values())) if many else found
 
 

@@ -154,7 +154,7 @@ def check_teachers(recipe: Recipe, corpus: Corpus, student: Anatomy, *, yet_to_c
                 check_stranger(place, recipe.task, corpus.labels, vocabulary, field)
             else:
                 check_teacher(place, recipe.task, corpus.labels, vocabulary, field, uncut(corpus))
-                check_reads(place, recipe.task, student, field)
+            check_reads(place, recipe.task, student, field, stage)
     looking = [stage for stage in recipe.stages if isinstance(stage, LooksInside)]
     ours = outline(student) if looking else None
     theirs: dict[str, Seen] = {}

@@ -48,10 +48,14 @@ class Outcome:
 
 def digest(config: Mapping[str, Any], places: frozenset[str] = PLACES) -> str:
     """Eight hex digits of a resolved config, without the keys in `places` (dotted) and all below them."""
+    return hashlib.sha256(json.dumps(settings_of(config, places), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def settings_of(config: Mapping[str, Any], places: frozenset[str] = PLACES) -> dict[str, Any]:
+    """The settings of a resolved config by their dotted keys, without those in `places` and all below them."""
     flat = flatten(json.loads(json.dumps(config, default=str)))
     below = tuple(f"{name}." for name in places)
-    kept = {key: value for key, value in flat.items() if not f"{key}.".startswith(below)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return {key: value for key, value in flat.items() if not f"{key}.".startswith(below)}
 
 
 def _safe(override: str) -> str:

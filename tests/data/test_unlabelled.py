@@ -198,7 +198,7 @@ def test_a_teacher_that_is_tuned_first_never_sees_them() -> None:
     teacher = auto_teacher.of_teacher(config)
     assert teacher["data"]["unlabelled"] is None
     assert config["data"]["unlabelled"] == "a.jsonl"
-    assert auto_teacher.digest(teacher) == auto_teacher.digest(auto_teacher.of_teacher(compose.compose(chosen).config))
+    assert auto_teacher.key_of(teacher) == auto_teacher.key_of(auto_teacher.of_teacher(compose.compose(chosen).config))
     compose.build(teacher)
 
 

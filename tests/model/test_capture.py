@@ -55,6 +55,22 @@ def stacks_of(shown: Any, name: str) -> list[Any]:
     return [getattr(shown, name)]
 
 
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_states_that_nobody_asks_for_are_not_kept(setting: Callable[..., Any], family: str) -> None:
+    one = setting(family)
+    recorder, inputs = recorder_of(Anatomy.of(one.model)), one.task.inputs(one.batch())
+    for wanted, kept in ((False, False), (True, True), (False, True)):  # one that asks is enough
+        recorder.watch_states(wanted)
+        outlined = outline(Anatomy.of(one.model))
+        one.model(**inputs)
+        assert recorder.seen is not None
+        assert len(recorder.seen.last) == len(one.rows["text"])
+        for flow, shapes in zip(recorder.seen.flows, outlined.flows, strict=True):
+            assert flow.blocks == shapes.blocks == 3
+            assert all(state.numel() for state in shapes.states)
+            assert {bool(state.numel()) for state in flow.states} == {kept}
+
+
 @pytest.mark.parametrize(
     ("family", "task"),
     [

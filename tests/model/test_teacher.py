@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,49 @@ def test_the_outline_of_a_tuned_and_rounded_artifact(
     assert [kept.query.shape for kept in seen.flows[0].attentions] == [(1, 4, 3, 8)] * 3
 
 
+def test_what_was_said_is_let_go_when_all_have_asked_but_those_that_only_say(setting: Callable[..., Any]) -> None:
+    one = setting()
+    teacher = Teacher(one.model)
+    teacher.terms = 3
+    teacher.only_say()
+    for _ in range(2):
+        batch = one.batch()
+        said = teacher(batch)
+        assert teacher._said is said
+        assert teacher(batch) is said
+        assert teacher._said is teacher._batch is None
+    teacher.let_go()  # of the one that said
+    teacher(batch)
+    assert teacher._said is not None
+
+
+def test_what_was_said_before_is_gone_while_the_next_is_made(
+    setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setting()
+    teacher = Teacher(one.model)
+    teacher.terms = 2
+    before = weakref.ref(teacher(one.batch()).outputs.logits)
+    gone: list[bool] = []
+    one.model.register_forward_hook(lambda *_: gone.append(before() is None))
+    teacher(one.batch())
+    assert gone == [True]
+
+
+def test_a_teacher_that_is_named_in_several_ways_is_loaded_once(
+    setting: Callable[..., Any], place: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setting()
+    path = Path(place(one))
+    monkeypatch.chdir(path.parent)
+    ways = [path.name, f"{path.name}/", f"./{path.name}"]
+    stages = [Logits(teacher=ways[0]), Hidden(teacher=ways[1]), MiniLM(teacher=ways[2], precision="bf16")]
+    refuse_conflicts(stages)
+    teachers = Teachers(stages, one.task, one.labels, one.tokenizer.get_vocab())
+    (teacher,) = {teachers(way, FIELD) for way in ways}
+    assert (teacher.terms, teacher.precision) == (3, "bf16")
+
+
 def conflict(*stages: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         refuse_conflicts(stages)
@@ -252,3 +296,7 @@ def test_who_names_the_teacher() -> None:
     assert said.endswith("since the other terms have different ones (a and b)")
     said = conflict(Logits(teacher="a", precision="bf16"), Hidden(precision="int8"))
     assert said.startswith("compression.logits.precision=bf16 and compression.hidden.precision=int8: they share a tea")
+    assert "they share a teacher" in conflict(
+        Logits(teacher="a", precision="bf16"), Hidden(teacher="./a/", precision="int8")
+    )
+    refuse_conflicts([Logits(teacher="a"), Hidden(teacher="a/"), MiniLM()])

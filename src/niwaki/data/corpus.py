@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,7 +14,7 @@ import numpy as np
 
 import niwaki
 from niwaki.data.batches import Batches, ByEpoch
-from niwaki.data.encode import content_hash, encode
+from niwaki.data.encode import content_hash, encode, source_of
 from niwaki.data.source import Source
 from niwaki.data.tokens import cut
 from niwaki.data.unlabelled import with_unlabelled
@@ -85,8 +83,8 @@ class Corpus:
         return self._batches("train", self.source.eval_batch_size, None, 0, 1)
 
     def training_key(self) -> str:
-        """A digest of the training split as it is encoded."""
-        return content_hash(self.features["train"], "")
+        """A digest of the training split as it is encoded, and of the code of the task that makes batches of it."""
+        return content_hash(self.features["train"], repr(task_source(self.task)))
 
     def read_by(self, tokenizer: Any) -> Callable[[Tensor], dict[str, Any]]:
         """(numbers of training rows) -> a batch of the same rows as another tokenizer reads them."""
@@ -151,10 +149,13 @@ def chunks(rows: list[Any], size: int) -> list[list[Any]]:
 
 def encoding_hash(task: Task) -> str:
     """Identity of what a task does to rows: the source text of its classes' modules, and the settings that count."""
-    kinds = [kind for kind in type(task).__mro__ if issubclass(kind, Task)]
-    sources = {kind.__module__: inspect.getsource(sys.modules[kind.__module__]) for kind in kinds}
     settings = {name: value for name, value in asdict(task).items() if name not in task.unread}
-    return hashlib.sha256(repr((type(task).__qualname__, sources, settings)).encode()).hexdigest()
+    return hashlib.sha256(repr((type(task).__qualname__, task_source(task), settings)).encode()).hexdigest()
+
+
+def task_source(task: Task) -> dict[str, str]:
+    """The source text of the modules of a task's classes."""
+    return source_of(kind.__module__ for kind in type(task).__mro__ if issubclass(kind, Task))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -1,10 +1,12 @@
 """Rows encoded once: the result of a tokenising function, cached as Arrow on disk."""
 
 import hashlib
+import inspect
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +82,11 @@ def content_hash(rows: "Dataset", key: str) -> str:
     with pa.ipc.new_stream(pa.PythonFile(digest, mode="w"), table.schema) as stream:
         stream.write_table(table, max_chunksize=65536)
     return digest.sha256.hexdigest()
+
+
+def source_of(modules: Iterable[str]) -> dict[str, str]:
+    """The source text of imported modules, by name: part of the key of whatever their code computes."""
+    return {name: inspect.getsource(sys.modules[name]) for name in modules}
 
 
 def _encoded(rows: "Dataset", function: Function, whole: bool) -> "pa.Table":

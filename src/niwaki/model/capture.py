@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from niwaki.weights import Packed
 
 NAME = "recorder"  # of what a model, and each attention of it, knows its recorder by
 PROBE = "niwaki_capture_probe"
+_ASIDE: ContextVar[bool] = ContextVar("aside", default=False)
 
 
 @dataclass
@@ -63,11 +65,14 @@ class Attention:
         return Attention(query, key, value, cut[0], cut[1], self.scale, self.causal)
 
 
+NOT_KEPT = torch.empty(0)
+
+
 @dataclass
 class Flow:
     """What went through one stack of blocks: `states` are what entered the first and what left each, (rows, positions,
-    width); `attentions` are those of the text with itself, where they were asked for. Both in the order of the calls,
-    so that a block which is used again counts again."""
+    width), or NOT_KEPT in place of each where nobody asks; `attentions` are those of the text with itself, where they
+    were asked for. Both in the order of the calls, so that a block which is used again counts again."""
 
     states: list[Tensor] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
@@ -92,6 +97,7 @@ class Recorder:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self.always = False
+        self.states: bool | None = None  # whether those between the blocks are kept; None: nobody has said
         self.seen: Seen | None = None
         self._open = False
         self._handles: list[Any] = []
@@ -99,7 +105,7 @@ class Recorder:
         self._virtual = [self._virtual_tokens(place) for place in range(len(anatomy.stacks))]
         reader = reader_of(anatomy)
         self._handles.append(reader.register_forward_pre_hook(self._start))
-        self._handles.append(reader.register_forward_hook(self._end))
+        self._handles.append(last_of(anatomy, reader).register_forward_hook(self._end))
         for place, blocks in enumerate(map(anatomy.blocks_of, anatomy.stacks)):
             for block in blocks:
                 self._handles.append(block.register_forward_hook(self._after_block(place), with_kwargs=True))
@@ -107,6 +113,10 @@ class Recorder:
     @property
     def watches_attention(self) -> bool:
         return bool(self._of_attention)
+
+    def watch_states(self, wanted: bool) -> None:
+        """Keep the states between the blocks, or leave them where nobody else wants them."""
+        self.states = wanted or bool(self.states)
 
     def watch_attention(self) -> None:
         """Keep queries, keys and values too."""
@@ -158,9 +168,9 @@ class Recorder:
             if not self._open or self.seen is None:
                 return
             states = self.seen.flows[place].states
-            if not states:
-                states.append((args[0] if args else given["hidden_states"])[:, tokens:])
-            states.append((output[0] if isinstance(output, tuple) else output)[:, tokens:])
+            around = args[0] if args else given["hidden_states"], output[0] if isinstance(output, tuple) else output
+            for state in around if not states else around[1:]:
+                states.append(NOT_KEPT if self.states is False else state[:, tokens:])
 
         return keep
 
@@ -179,6 +189,14 @@ def reader_of(anatomy: Anatomy) -> nn.Module:
     while len(children := list(module.children())) == 1:
         (module,) = children
     return module
+
+
+def last_of(anatomy: Anatomy, reader: nn.Module) -> nn.Module:
+    """What gives the last states first: the reader, or where it is the whole model (T5's language model has no module
+    without the head), what holds the last stack of blocks."""
+    if reader is not anatomy.model:
+        return reader
+    return reader.get_submodule(anatomy.stacks[-1].blocks.rpartition(".")[0])
 
 
 SUFFIX = "_recorded"
@@ -224,14 +242,22 @@ def recorder_of(anatomy: Anatomy) -> Recorder:
 
 @contextmanager
 def unseen(model: nn.Module) -> Iterator[None]:
-    """What was seen of the model before stays, whatever passes go through it meanwhile."""
+    """What was seen of the model before stays, whatever passes go through it meanwhile, and what gathers something of
+    the batches of the fit gathers nothing of them."""
     recorder: Recorder | None = model.__dict__.get(NAME)
     before = recorder.seen if recorder else None
+    token = _ASIDE.set(True)
     try:
         yield
     finally:
+        _ASIDE.reset(token)
         if recorder:
             recorder.seen = before
+
+
+def passes_aside() -> bool:
+    """Whether a forward pass is of other texts than the batch of the fit."""
+    return _ASIDE.get()
 
 
 def tells_attention(anatomy: Anatomy) -> bool:
@@ -246,9 +272,9 @@ def outline(anatomy: Anatomy) -> Seen:
     in it where the model tells of them."""
     model: Any = anatomy.model
     present, recorder = NAME in model.__dict__, recorder_of(anatomy)
-    before = recorder.always, recorder.watches_attention, model.training
+    before = recorder.always, recorder.watches_attention, recorder.states, model.training
     try:
-        recorder.always = True
+        recorder.always = recorder.states = True
         if tells_attention(anatomy):
             recorder.watch_attention()
         with torch.no_grad(), shapes_alone(model), attending_to_nothing(anatomy):
@@ -256,7 +282,7 @@ def outline(anatomy: Anatomy) -> Seen:
         assert recorder.seen is not None
         return recorder.seen
     finally:
-        recorder.always, watched, training = before
+        recorder.always, watched, recorder.states, training = before
         model.train(training)
         if not watched:
             recorder.leave_attention()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from niwaki import artifact
+from niwaki.data.encode import source_of
 from niwaki.edits import from_json
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy, adapt, family_of
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["fp32", "bf16", "int8"]
+ELSEWHERE = ("_name_or_path", "name_or_path", "transformers_version")  # what no answer depends on
 
 
 @runtime_checkable
@@ -33,6 +39,11 @@ class Taught(Protocol):
     teacher: str | None  # where it is; null: the one that another stage names
     precision: Precision | None  # that it runs in; null: fp32, or what another stage with the same teacher says
     own_tokens: ClassVar[bool]  # whether the teacher reads the rows in tokens of its own, which differ
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that it makes for the teacher to read, beside the rows; else 0."""
+        ...
 
     def teachers(self) -> dict[str, str]:
         """The fields of the config that name a teacher, and the hub name, folder or artifact that each names."""
@@ -71,7 +82,8 @@ class Said:
 class Teacher:
     """A model that is asked and never learns: in eval mode, without gradients, outside of every module.
 
-    It runs once for each batch, however many terms ask: `terms` of them do, and what it said is let go when all have.
+    It runs once for each batch, however many terms ask: `terms` of them have it, and what it said is let go when all
+    have asked but those that `only_say`.
     fp32 follows the autocast around it. bf16 and int8 run as they are: all weights in bf16, or the linears of the
     blocks in 8-bit integers as quantize/int8 has them (an integer product on a CPU, one of rounded numbers on a GPU).
     """
@@ -81,6 +93,7 @@ class Teacher:
         self.precision = precision
         self.anatomy = Anatomy.of(model)
         self.terms = 0
+        self._aside = 0  # of these, those that only say
         self.reader: Callable[[Tensor], dict[str, Tensor]] | None = (
             None  # of the rows with these numbers, in its tokens
         )
@@ -93,34 +106,49 @@ class Teacher:
         if precision == "int8":
             to_int8(self.anatomy, field)
 
-    def watch(self, *, attention: bool) -> None:
-        """Have what flows through the blocks be part of what is said, with attentions where they are asked for."""
+    def only_say(self) -> None:
+        """One of its terms asks it of other batches, or at other times, and none waits for it."""
+        self._aside += 1
+
+    def watch(self, *, attention: bool, states: bool = True) -> None:
+        """Have what flows through the model be part of what is said: with attentions, and with the states between the
+        blocks, where they are asked for."""
         if self._recorder is None:
             self._recorder = recorder_of(self.anatomy)
             self._recorder.always = True
+        self._recorder.watch_states(states)
         if attention:
             self._recorder.watch_attention()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Said:
         if self._said is None or batch is not self._batch:
+            self._said = None  # before the next one is made
             self._batch, self._said, self._asked = batch, self.say(batch), 0
         said = self._said
         self._asked += 1
-        if self._asked >= self.terms:
+        if self._asked >= self.terms - self._aside:
             self._batch = self._said = None
         return said
 
     def let_go(self) -> None:
-        """One term fewer will ask; the model is dropped with the last."""
+        """One that only says does so no more; the model is dropped with the last term."""
         self.terms -= 1
+        self._aside -= 1
         if self.terms <= 0:
             del self.model, self.anatomy
 
     def fingerprint(self) -> str:
-        """sha256 of all that it computes with."""
+        """sha256 of all that it computes with: tensors, settings, code. Many a setting changes no tensor, such as the
+        number of heads or the activation."""
         from niwaki.tuning.beside import fingerprint
 
-        return fingerprint(self.model.state_dict(), ())
+        config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in ELSEWHERE}
+        modules = [(name, type(part).__qualname__, settings_of(part)) for name, part in self.model.named_modules()]
+        kinds = {kind.__module__ for part in self.model.modules() for kind in type(part).__mro__}
+        code = source_of(sorted(kind for kind in {__name__, *kinds} if kind.partition(".")[0] == "niwaki"))
+        versions = [version(package) for package in ("torch", "transformers", "peft")]
+        told = [fingerprint(self.model.state_dict(), ()), config, modules, code, versions]
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
     @contextmanager
     def asked(self, device: torch.device) -> Iterator[Any]:
@@ -147,6 +175,21 @@ class Teacher:
         return Said(outputs, seen, batch)
 
 
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a module computes with beside tensors and modules: its plain attributes."""
+    found = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in ELSEWHERE}
+    return {name: value for name, value in found.items() if is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a text, or a collection of such."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, (*value, *value.values())))
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def to_int8(anatomy: Anatomy, field: str) -> None:
     """Round the linears of the blocks to 8-bit integers, one scale per output channel."""
     from niwaki.compression.quantize.integers import UseIntegers, to_codes
@@ -167,14 +210,19 @@ def the_one(stages: Sequence[Any]) -> str:
     return next(stage.teacher for stage in stages if isinstance(stage, Taught) and stage.teacher)
 
 
+def plainly(place: str) -> str:
+    """The place of a teacher in the one way to write it: `a`, `a/` and `./a` are one teacher."""
+    return os.path.normpath(os.path.expanduser(place))
+
+
 def places_of(stage: Any, stages: Sequence[Any]) -> set[str]:
-    """Where the teachers of a stage are, one that others name among them."""
-    return {*stage.teachers().values(), stage.teacher or the_one(stages)}
+    """Where the teachers of a stage are, `plainly`, one that others name among them."""
+    return set(map(plainly, (*stage.teachers().values(), stage.teacher or the_one(stages))))
 
 
 def precision_of(place: str, stages: Sequence[Any]) -> Precision:
     """What a teacher runs in: what the stages that share it say, else fp32."""
-    sharing = [s for s in stages if isinstance(s, Taught) and place in places_of(s, stages)]
+    sharing = [s for s in stages if isinstance(s, Taught) and plainly(place) in places_of(s, stages)]
     return next((s.precision for s in sharing if s.precision), "fp32")
 
 
@@ -238,8 +286,9 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
     return words
 
 
-def check_reads(place: str, task: Task, student: Anatomy, field: str) -> None:
-    """Refuse a teacher that cannot read what the student does: fewer tokens, or a decoder that starts from another.
+def check_reads(place: str, task: Task, student: Anatomy, field: str, stage: Taught) -> None:
+    """Refuse a teacher that cannot read what the student does, or what a stage makes for it: fewer tokens, or a decoder
+    that starts from another.
 
     Raises:
         ConfigError: one of these.
@@ -251,8 +300,12 @@ def check_reads(place: str, task: Task, student: Anatomy, field: str) -> None:
         length = getattr(task, name, 0)
         if most is not None and length > most:
             raise ConfigError(f"task.{name}={length}: the teacher {place!r} of {field} reads at most {most} tokens")
+    if most is not None and stage.longest_text > most:
+        raise ConfigError(
+            f"{field}={place!r}: reads at most {most} tokens, and is to read texts of {stage.longest_text}"
+        )
     starts = [getattr(config, "decoder_start_token_id", None) for config in (ours, theirs)]
-    if ours.is_encoder_decoder and theirs.is_encoder_decoder and starts[0] != starts[1]:
+    if not stage.own_tokens and ours.is_encoder_decoder and theirs.is_encoder_decoder and starts[0] != starts[1]:
         raise ConfigError(
             f"{field}={place!r}: its decoder starts from token {starts[1]}, the student's from {starts[0]}; needs a "
             "teacher that starts from the same"
@@ -280,15 +333,17 @@ class Teachers:
     def __call__(self, place: str | None, field: str) -> Teacher:
         """The teacher at a place (null: the one that the stages name), for one more term."""
         place = place or the_one(self._stages)
-        if place not in self._teachers:
-            if any(stage.own_tokens and stage.teacher == place for stage in self._stages if isinstance(stage, Taught)):
+        name = plainly(place)
+        if name not in self._teachers:
+            strangers = [stage for stage in self._stages if isinstance(stage, Taught) and stage.own_tokens]
+            if any(name in places_of(stage, self._stages) for stage in strangers):
                 check_stranger(place, self._task, self._labels, self._vocabulary, field)
                 model = loaded(located(place, field), self._task, field)
             else:
                 model = load_teacher(place, self._task, self._labels, self._vocabulary, field, self._uncut)
-            self._teachers[place] = Teacher(model, precision_of(place, self._stages), field)
-        self._teachers[place].terms += 1
-        return self._teachers[place]
+            self._teachers[name] = Teacher(model, precision_of(place, self._stages), field)
+        self._teachers[name].terms += 1
+        return self._teachers[name]
 
 
 def outline_of_teacher(place: str, task: Task, labels: Sequence[str]) -> Seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ def text_of(batch: Mapping[str, Tensor], decoder: bool = False) -> Tensor:
     mask = batch.get("decoder_attention_mask") if decoder else None
     mask = batch.get("attention_mask") if mask is None else mask
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def end_tokens(model: Any) -> Tensor:
+    """The tokens that end a text of the model, those of its generation_config or else of its config: (tokens,)."""
+    settings = getattr(model, "generation_config", None)
+    ends = None if settings is None else settings.eos_token_id
+    ends = getattr(model.config, "eos_token_id", None) if ends is None else ends
+    return torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
 
 
 def in_decoder(anatomy: Anatomy, name: str) -> bool:

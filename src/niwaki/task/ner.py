@@ -49,14 +49,16 @@ class NER(Task):
                 [row[word] if word is not None else IGNORED for word in words]
                 for row, words in zip(tags, firsts, strict=True)
             ],
+            "words": [[IGNORED if word is None else word for word in words] for words in firsts],
             "cut": [[t for i, t in enumerate(row) if i not in words] for row, words in zip(tags, seen, strict=True)],
             "length": [len(ids) for ids in encoded["input_ids"]],
         }
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         batch = pad(features, tokenizer, labels=True)
-        width = max(len(row["cut"]) for row in features)
-        batch["cut"] = torch.tensor([list(r["cut"]) + [IGNORED] * (width - len(r["cut"])) for r in features])
+        for name in ("words", "cut"):
+            width = max(len(row[name]) for row in features)
+            batch[name] = torch.tensor([[*row[name], *[IGNORED] * (width - len(row[name]))] for row in features])
         return batch
 
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
+from niwaki.model.text import end_tokens
 from niwaki.naming import option_name
 
 if TYPE_CHECKING:
@@ -202,10 +203,7 @@ def searched(model: Any, ids: Tensor, mask: Tensor, *, num_beams: int, new: int)
 
 def until_end(written: Tensor, model: Any) -> Tensor:
     """Tokens (rows, tokens) that a model wrote, IGNORED behind the first of each row that ends a text."""
-    settings = model.generation_config
-    ends = settings.eos_token_id if settings.eos_token_id is not None else model.config.eos_token_id
-    known = torch.tensor([] if ends is None else ends, dtype=written.dtype, device=written.device).flatten()
-    ended = torch.isin(written, known).long()
+    ended = torch.isin(written, end_tokens(model).to(written.device)).long()
     return written.masked_fill(ended.cumsum(1) > ended, IGNORED)
 
 

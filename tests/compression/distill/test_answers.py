@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from lifecycle import begin, look, recipe_of, write_rows, write_teachers
 
 from niwaki.compression.distill import remembered
-from niwaki.compression.distill.answers import Kept
+from niwaki.compression.distill.answers import Kept, RememberedLogits
 from niwaki.compression.distill.hidden import Hidden
 from niwaki.compression.distill.logits import Logits, softened_divergence
 from niwaki.compression.distill.remembered import remove_oldest, spans
@@ -34,9 +38,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "answers"
 
 
-def sides(setting: Callable[..., Any], family: str, task: str, **fields: Any) -> tuple[Any, Any, dict[bool, Any]]:
-    """A student, a teacher, and their terms: without a cache and with one."""
-    one, other = setting(family, task), setting(family, task, seed=1)
+def sides(
+    setting: Callable[..., Any], family: str, task: str, overrides: dict[str, Any] | None = None, **fields: Any
+) -> tuple[Any, Any, dict[bool, Any]]:
+    """A student, a teacher (with `overrides` of its config), and their terms: without a cache and with one."""
+    one, other = setting(family, task), setting(family, task, seed=1, overrides=overrides or {})
     for parameter in other.model.parameters():
         parameter.data *= 3
     teacher = Teacher(other.model)  # with a cache
@@ -121,6 +127,35 @@ def test_what_changes_an_answer_is_another_file(setting: Callable[..., Any], cac
     assert made(top_k=1) == 6
     assert made(top_k=1, temperature=1.0) == 7
     assert made(temperature=1.0) == 7  # all logits are there
+    assert made(overrides={"hidden_act": "relu"}) == 8  # the same tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "setting_of", "value"),
+    [
+        ("bert", "hidden_act", "relu"), ("bert", "num_attention_heads", 2), ("bert", "layer_norm_eps", 0.1),
+        ("modernbert", "local_attention", 4), ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 5.0}),
+    ],
+)  # fmt: skip
+def test_a_setting_that_changes_no_tensor_makes_another_teacher(
+    setting: Callable[..., Any], family: str, setting_of: str, value: Any
+) -> None:
+    one, same, other = (setting(family, overrides=o).model for o in ({}, {}, {setting_of: value}))
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    same.config._name_or_path = "elsewhere"
+    assert Teacher(one).fingerprint() == Teacher(same).fingerprint() != Teacher(other).fingerprint()
+
+
+def test_other_code_gives_other_answers(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = inspect.getsource
+    for number, changed in enumerate((None, "divergence", "answers", "remembered", "states", "teacher"), start=1):
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", lambda m, c=changed: read(m) + "#" * m.__name__.endswith(f".{c}"))
+            one, _, terms = sides(setting, "bert", "classification")
+            terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+        assert len([path for path in cache.iterdir() if path.is_dir()]) == number
 
 
 def test_all_logits_serve_any_temperature_and_the_likeliest_one() -> None:
@@ -175,14 +210,89 @@ def test_a_pass_that_breaks_off_leaves_nothing(
     terms[True](one.model(**one.task.inputs(batch)), batch)
 
 
-def test_the_oldest_answers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def aged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four answers, d the oldest, and room for two."""
     monkeypatch.setattr(remembered, "LARGEST", 25)
     for age, name in enumerate("dcba"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "values").write_bytes(b"0123456789")
-        os.utime(tmp_path / name, (1000 + age, 1000 + age))
-    remove_oldest(tmp_path, tmp_path / "d")
-    assert sorted(path.name for path in tmp_path.iterdir() if len(path.name) == 1) == ["a", "d"]
+        (tmp_path / "four" / name).mkdir(parents=True)
+        (tmp_path / "four" / name / "values").write_bytes(b"0123456789")
+        os.utime(tmp_path / "four" / name, (1000 + age, 1000 + age))
+    return tmp_path / "four"
+
+
+def folders(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.is_dir())
+
+
+def test_the_oldest_answers_go_first(aged: Path) -> None:
+    remove_oldest(aged, aged / "d")
+    assert folders(aged) == ["a", "d"]
+
+
+def test_answers_that_a_process_opens_just_now_stay(aged: Path) -> None:
+    with FileLock(aged / "c.lock"):
+        remove_oldest(aged, aged / "d")
+    assert folders(aged) == ["c", "d"]
+
+
+def test_answers_that_another_process_takes_away_meanwhile(aged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Path.is_dir
+
+    def and_lose(path: Path) -> bool:
+        found = look(path)
+        if path.name == "b":
+            shutil.rmtree(path, ignore_errors=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", and_lose)
+        remove_oldest(aged, aged / "d")
+    assert folders(aged) == ["a", "d"]
+
+
+def test_they_are_opened_under_their_lock_and_count_as_used(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, locked = RememberedLogits._read, []
+
+    def reading(answers: RememberedLogits, folder: Path) -> Any:
+        with pytest.raises(Timeout), FileLock(f"{folder}.lock", blocking=False):
+            pass
+        locked.append(folder)
+        return read(answers, folder)
+
+    monkeypatch.setattr(RememberedLogits, "_read", reading)
+    for _ in range(2):
+        one, _, terms = sides(setting, "bert", "classification")
+        terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+        (folder,) = set(locked)
+        assert folder.stat().st_mtime > 1000
+        os.utime(folder, (1000, 1000))
+    assert len(locked) == 2
+
+
+def test_what_was_taken_away_does_not_come_back_as_a_file(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _, terms = sides(setting, "bert", "classification")
+    monkeypatch.setattr(remembered, "remove_oldest", lambda _, path: shutil.rmtree(path))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_pass_left_goes_with_the_next_one(setting: Callable[..., Any], cache: Path) -> None:
+    for left in (False, True):
+        one, _, terms = sides(setting, "bert", "classification")
+        terms[True](one.model(**one.task.inputs(one.numbered())), one.numbered())
+        if not left:
+            (name,) = folders(cache)
+            shutil.rmtree(cache / name)
+            for stale in (f".{name}.x", ".another.y"):
+                (cache / stale).mkdir()
+                (cache / stale / "values.f32").write_bytes(b"0")
+    assert folders(cache) == [".another.y", name]
 
 
 def test_a_disk_without_room_is_refused(
@@ -191,9 +301,47 @@ def test_a_disk_without_room_is_refused(
     one, _, terms = sides(setting, "bert", "classification")
     monkeypatch.setattr(remembered, "SPARE", 2**60)
     batch = one.numbered()
-    with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers may need"):
+    with pytest.raises(ConfigError, match=r"^compression\.logits\.cache=true: the answers need"):
         terms[True](one.model(**one.task.inputs(batch)), batch)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "fields"),
+    [
+        ("bert", "classification", {}),
+        ("bert", "ner", {"top_k": 1}),
+        ("llama", "causal_lm", {}),
+        ("t5", "translation", {}),
+    ],
+)
+def test_the_room_that_is_needed_is_counted_exactly(
+    setting: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch, family: str, task: str,
+    fields: dict[str, Any],
+) -> None:  # fmt: skip
+    """The first batch is the longest, and as large as all others together."""
+    for room in (0, -1):
+        one, _, terms = sides(setting, family, task, **fields)
+        rows = sorted(one.features(), key=lambda row: -len(row["input_ids"]))
+        batches = [one.task.collate([dict(row)], one.tokenizer) for row in rows]
+        numbered = [{**batch, "row": torch.tensor([number])} for number, batch in enumerate(batches)]
+        terms[True]._answers._context.training = lambda numbered=numbered: numbered
+        if room == 0:
+            terms[True](one.model(**one.task.inputs(numbered[0])), numbered[0])
+            (folder,) = [path for path in cache.iterdir() if path.is_dir()]
+            whole = sum((folder / name).stat().st_size for name in ("values.f32", "places.i32"))
+            shutil.rmtree(folder)
+        monkeypatch.setattr(remembered, "SPARE", 0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=whole + room: SimpleNamespace(free=free))
+        one, _, terms = sides(setting, family, task, **fields)
+        terms[True]._answers._context.training = lambda numbered=numbered: numbered
+        outputs = one.model(**one.task.inputs(numbered[0]))
+        if room < 0:
+            with pytest.raises(ConfigError, match="the answers need"):
+                terms[True](outputs, numbered[0])
+        else:
+            terms[True](outputs, numbered[0])
+            shutil.rmtree(folder)
 
 
 def test_nothing_is_kept_of_tokens_that_are_hidden_anew_in_each_epoch(tmp_path: Path) -> None:
@@ -208,6 +356,24 @@ def test_nothing_is_kept_of_tokens_that_are_hidden_anew_in_each_epoch(tmp_path: 
 def test_a_term_that_needs_the_teacher_anyway() -> None:
     with pytest.raises(ConfigError, match=r"logits\.cache=true and distill/hidden: the teacher runs for the other"):
         refuse_conflicts([Logits(teacher="x", cache=True), Hidden()])
+    for place in ("x", "x/", "./x"):
+        with pytest.raises(ConfigError, match="the teacher runs for the other term anyway"):
+            refuse_conflicts([Hidden(teacher=place), Logits(teacher="x", cache=True)])
+
+
+def test_a_term_with_another_teacher_leaves_the_answers_as_they_are(setting: Callable[..., Any]) -> None:
+    refuse_conflicts([Logits(teacher="x", cache=True), Hidden(teacher="y")])
+    (one, _, terms), third = sides(setting, "bert", "classification"), setting(seed=2)
+    live = Teacher(third.model)
+    live.terms = 1
+    context = one.context(load_teacher=lambda *_: live)
+    (hidden,) = Hidden(teacher="y").prepare(one.model, context).terms.values()
+    batch, found = one.numbered(), []
+    for _ in range(2):
+        outputs = one.model(**one.task.inputs(batch))
+        found.append((terms[True](outputs, batch).item(), hidden(outputs, batch).item()))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(terms[False](outputs, batch).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["classification", "ner", "causal_lm"])

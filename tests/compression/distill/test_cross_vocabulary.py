@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from lifecycle import look, recipe_of, write_rows
 from trained import byte_pairs, folder, unigram, word_piece
 
 from niwaki import artifact, compose, pipeline
-from niwaki.compression.distill.cross_vocabulary import CrossVocabulary, shared_places
+from niwaki.compression.distill.cross_vocabulary import CrossVocabulary, from_start, shared_places
 from niwaki.compression.distill.distillation import Term
 from niwaki.data.corpus import Corpus
 from niwaki.errors import ConfigError
-from niwaki.model.teacher import Teacher
+from niwaki.model.teacher import Said, Teacher
 from niwaki.stage import refuse_conflicts
 from niwaki.task.causal_lm import CausalLM, parted
 
@@ -56,9 +57,39 @@ def test_names_of_classes_do_not_matter_and_it_has_a_gradient() -> None:
 
 
 def test_places_that_both_have() -> None:
-    ours, theirs = shared_places(torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 0, 2, 2, 2]))
+    rows = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 0, 2, 2, 2])
+    ours, theirs = shared_places(*((one, from_start(one)) for one in rows))
     assert ours.tolist() == [0, 1, 4, 5]
     assert theirs.tolist() == [0, 1, 2, 3]
+    words = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([0, 2, 0, 2, 3])
+    ours, theirs = shared_places(*zip(rows, words, strict=True))
+    assert ours.tolist() == [0, 2, 4]
+    assert theirs.tolist() == [0, 1, 2]
+
+
+def test_a_word_that_one_tokenizer_has_no_piece_of(setting: Callable[..., Any]) -> None:
+    """Each side says the tag of each word: they agree, whichever words they see."""
+    one = setting("bert", "ner")
+    rows = {
+        "tokens": [["ada", "\u200b", "met", "alan"], ["so", "said", "bob"]],
+        "tags": [["B-PER", "O", "I-PER", "O"], ["O", "I-PER", "B-PER"]],
+    }
+    batches, counts = [], []
+    for tokenizer in (word_piece(), byte_pairs()):
+        columns = one.task.encode(rows, tokenizer, one.labels)
+        features = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batches.append(one.task.collate(features, tokenizer))
+        counts.append(int((batches[-1]["labels"] != -100).sum()))
+    assert counts == [6, 7]
+    lesson = CrossVocabulary(teacher="x").lesson(one.context(), SimpleNamespace())  # type: ignore[arg-type]
+
+    def says(batch: dict[str, torch.Tensor], shift: int = 0) -> Said:
+        tags = (batch["labels"].clamp(min=0) + shift) % 3
+        return Said(SimpleNamespace(logits=9.0 * torch.nn.functional.one_hot(tags, 3)), None, batch)
+
+    for ours, theirs in (batches, batches[::-1]):
+        assert lesson.compare(says(ours), says(theirs), ours).item() == pytest.approx(0.0, abs=1e-6)
+        assert lesson.compare(says(ours), says(theirs, shift=1), ours).item() > 1
 
 
 @pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "classification"), ("bert", "ner")])
@@ -144,6 +175,12 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(tmp_path: Path, t
         run("logits", teacher)
     with pytest.raises(ConfigError, match="has the student's vocabulary; use distill/logits"):
         run("cross_vocabulary", student)
+    short = folder(
+        tmp_path / "short", family, task, unigram(), num_labels=2, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1},
+        max_position_embeddings=12,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^task\.max_length=16: the teacher .* reads at most 12 tokens"):
+        run("cross_vocabulary", short)
     assert run("cross_vocabulary", teacher, "task_weight=0")["parity"] == 0.0
     learned = artifact.load(tmp_path / "run" / "model").model
     before = dict(type(learned).from_pretrained(student).named_parameters())

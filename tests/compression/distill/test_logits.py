@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from niwaki.compression.distill import logits
+from niwaki.compression.distill.answers import Kept
 from niwaki.compression.distill.distillation import Term
 from niwaki.compression.distill.logits import Logits, softened_divergence
 from niwaki.errors import ConfigError
@@ -257,6 +259,52 @@ def test_the_default_is_torch_s_own_kl_bit_for_bit() -> None:
     logs = [torch.log_softmax(logits / 2.0, dim=-1) for logits in (student, teacher)]
     expected = 4.0 * torch.nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
     assert torch.equal(softened_divergence(student, teacher, 2.0, Logits(teacher="x").measure()), expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_some_rows_at_a_time_are_the_same_loss_and_gradient(
+    name: Any, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, found = torch.randn(11, 40) * 3, []
+    stage = Logits(teacher="x", divergence=name, top_k=top_k, **SETTINGS[name])  # type: ignore[arg-type]
+    said = Kept(classes=40, top_k=top_k, temperature=2.0 if top_k else None).of(teacher)
+    start = torch.randn(11, 40)
+    for most in (logits.LARGEST_PART, 4 * 40):
+        monkeypatch.setattr(logits, "LARGEST_PART", most)
+        for compare in (
+            lambda student: softened_divergence(student, teacher, 2.0, stage.measure(), top_k),
+            lambda student: stage.compare_remembered(student, said, classes=40),
+        ):
+            student = start.clone().requires_grad_()
+            loss = compare(student)
+            loss.backward()
+            found.append((loss.detach(), student.grad))
+    for value, gradient in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-5, atol=1e-7)
+
+
+def test_of_many_rows_nothing_but_the_logits_is_kept_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(64, 40, requires_grad=True) * 1.0, torch.randn(64, 40)
+    given = {side.untyped_storage().data_ptr() for side in (student, teacher)}
+
+    def kept() -> int:
+        """Bytes beside the given."""
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = softened_divergence(student, teacher, 2.0)
+        assert loss.requires_grad
+        return sum(size for place, size in found.items() if place not in given)
+
+    assert kept() >= 2 * 64 * 40 * 4
+    monkeypatch.setattr(logits, "LARGEST_PART", 8 * 40)
+    assert kept() < 40 * 4
 
 
 def test_rows_of_an_embedding_behind_the_vocabulary_do_not_count() -> None:

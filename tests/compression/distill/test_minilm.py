@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from niwaki.compression.distill.minilm import MiniLM
 from niwaki.errors import ConfigError
@@ -63,10 +64,45 @@ def test_one_relation(pair: Callable[..., Any]) -> None:
     assert both.loss().item() == pytest.approx(by_hand(student, teacher, 8, both.lengths()), rel=1e-3)
 
 
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal_lm")])
+def test_the_loss_of_the_first_paper_by_hand(pair: Callable[..., Any], family: str, task: str) -> None:
+    """KL of the attention of each head over the text that it may look at, and the relation of the values."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12} if family == "llama" else {}
+    parts = []
+    for relation in ("query_key", "value"):
+        both = pair(MiniLM(teacher="x", relations=[relation]), family, task, **sizes)
+        parts.append(both.loss().item())
+    both = pair(MiniLM(teacher="x", relations=["query_key", "value"]), family, task, **sizes)
+    assert both.loss().item() == pytest.approx(sum(parts) / 2, rel=1e-5)
+    distributions = []
+    for side in (both.one, both.other):
+        side.model.set_attn_implementation("eager")
+        with torch.no_grad():
+            shown = side.model(**side.task.inputs(both.one.batch()), output_attentions=True)
+        distributions.append(shown.attentions[-1].tolist())
+    total, count = 0.0, 0
+    for row, length in enumerate(both.lengths()):
+        for head in range(4):
+            for at in range(length):
+                seen = at + 1 if family == "llama" else length
+                q, p = (side[row][head][at][:seen] for side in distributions)
+                total += sum(b * (math.log(b) - math.log(a)) for a, b in zip(q, p, strict=True) if b > 0)
+                count += 1
+    assert parts[0] == pytest.approx(total / count, rel=1e-3)
+    assert parts[0] > 1e-3
+
+
+def test_attentions_need_as_many_heads(setting: Callable[..., Any]) -> None:
+    small, large = (outline(Anatomy.of(setting(overrides=given).model)) for given in ({}, {"num_attention_heads": 8}))
+    with pytest.raises(ConfigError, match=r"query_key compares head with head, and the student has 4, the teacher 8"):
+        MiniLM(teacher="x", relations=["query_key", "value"]).compare_outlines(small, large)
+    MiniLM(teacher="x", relations=["value"], relation_heads=4).compare_outlines(small, large)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart", "albert", "modernbert", "distilbert", "gpt2"])
 def test_it_is_zero_for_a_student_that_is_its_teacher(setting: Callable[..., Any], family: str) -> None:
     one, other = setting(family), setting(family)
-    effects = MiniLM(teacher="x", relation_heads=2).prepare(
+    effects = MiniLM(teacher="x", relation_heads=2, relations=["query", "key", "value", "query_key"]).prepare(
         one.model, one.context(load_teacher=lambda *_: Teacher(other.model))
     )
     (term,) = effects.terms.values()

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from lifecycle import live, recipe_of, write_rows, write_teachers
+from lifecycle import begin, live, recipe_of, save, write_rows, write_teachers
 
 from niwaki.compression.distill import divergence
-from niwaki.compression.distill.on_policy import OnPolicy, is_end, judged, sample
+from niwaki.compression.distill.on_policy import OnPolicy, judged, sample
+from niwaki.compression.prune.importance import Meter
 from niwaki.compression.prune.magnitude import Magnitude
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import recorder_of, unseen
 from niwaki.model.teacher import Teacher
+from niwaki.model.units import units_of
 
 
 def sides(setting: Callable[..., Any], **fields: Any) -> tuple[Any, Any, Any]:
@@ -30,12 +32,18 @@ def sides(setting: Callable[..., Any], **fields: Any) -> tuple[Any, Any, Any]:
     return one, teacher, stage.prepare(one.model, context).terms["distill/on_policy"]
 
 
-def test_what_was_written_goes_to_the_end_token_and_follows_the_models_own_chances(setting: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("where", ["generation_config", "config"])
+def test_what_was_written_goes_to_the_end_token_and_follows_the_models_own_chances(
+    setting: Callable[..., Any], where: str
+) -> None:
     one = setting("llama", "causal_lm")
     starts = one.batch()["input_ids"][:1, :3].repeat(4000, 1)
-    one.model.config.eos_token_id = 7
     with torch.no_grad():
         one.model.lm_head.weight.mul_(20)
+        chances = one.model.eval()(starts[:1]).logits[0, -1].softmax(-1)
+    end = int(chances.argmax())
+    one.model.generation_config.eos_token_id = None
+    getattr(one.model, where).eos_token_id = [end]
     texts, written = sample(one.model, starts, 3)
     assert texts.shape == written.shape == (4000, 6)
     assert torch.equal(texts[:, :3], starts)
@@ -44,9 +52,8 @@ def test_what_was_written_goes_to_the_end_token_and_follows_the_models_own_chanc
         ended = False
         for place in (3, 4, 5):
             assert bool(written[row, place]) == (not ended)
-            ended = ended or int(texts[row, place]) == 7
-    with torch.no_grad():
-        chances = one.model(starts[:1]).logits[0, -1].softmax(-1)
+            ended = ended or int(texts[row, place]) == end
+    assert not written[:200, 3:].all()
     counts = torch.bincount(texts[:, 3], minlength=len(chances)) / 4000
     assert float((counts - chances).abs().max()) < 0.03
     assert float(chances.max()) > 0.05
@@ -127,11 +134,25 @@ def test_under_a_chain_it_is_the_chained_model_that_writes(setting: Callable[...
     assert torch.equal(texts, expected)
 
 
-def test_ends() -> None:
-    tokens = torch.tensor([1, 2, 3])
-    assert is_end(tokens, None).tolist() == [False] * 3
-    assert is_end(tokens, 2).tolist() == [False, True, False]
-    assert is_end(tokens, [1, 3]).tolist() == [True, False, True]
+@pytest.mark.parametrize("importance", ["taylor", "activation"])
+def test_what_the_student_writes_does_not_count_as_data(setting: Callable[..., Any], importance: Any) -> None:
+    """A meter of neurons gathers of the batch what it gathers without the term, of however many texts that is."""
+    one, _, term = sides(setting, prompt=6, new_tokens=4)
+    units = units_of(Anatomy.of(one.model), "neurons")[0]
+    batch = one.batch()
+    batch["attention_mask"][0, 5:] = 0  # too short to go on from: fewer texts are written than there are rows
+    meter = Meter(units, importance)
+    one.model.get_submodule(units.output).register_forward_pre_hook(meter)
+    found = []
+    for more in (False, True):
+        one.model.zero_grad()
+        loss = one.task.loss(outputs := one.model(**one.task.inputs(batch)), batch)
+        (loss + term(outputs, batch) if more else loss).backward()
+        meter.collect()
+        found.append(meter.take())
+    assert found[0][1] == found[1][1]
+    assert float(found[0][0].sum()) > 0
+    assert torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "prefix"])
@@ -148,6 +169,20 @@ def test_a_whole_run_with_other_terms(tmp_path: Path, tuning: str) -> None:
     live(recipe, tmp_path)
 
 
+def test_a_teacher_that_reads_less_than_is_written_is_refused(tmp_path: Path) -> None:
+    files = {"causal_lm": write_rows(tmp_path)["causal_lm"]}
+    length = ["task.max_length=32", "task.max_new_tokens=8"]
+    short = recipe_of("causal_lm", files["causal_lm"], "model.overrides={max_position_embeddings:40}", *length)
+    corpus, work = begin(short)
+    save(tmp_path / "teacher", short, corpus, work)
+    more = [*length, f"compression.on_policy.teacher={tmp_path / 'teacher'}", "compression=distill/on_policy"]
+    with pytest.raises(
+        ConfigError, match=r"^compression\.on_policy\.teacher=.*: reads at most 40 tokens, and is to .* 41"
+    ):
+        begin(recipe_of("causal_lm", files["causal_lm"], *more, "compression.on_policy.new_tokens=25"))
+    begin(recipe_of("causal_lm", files["causal_lm"], *more, "compression.on_policy.new_tokens=24"))
+
+
 def test_refusals(setting: Callable[..., Any]) -> None:
     for fields, named in (
         ({"share": 0.0}, "share=0"),
@@ -157,7 +192,7 @@ def test_refusals(setting: Callable[..., Any]) -> None:
         with pytest.raises(ConfigError, match=rf"^compression\.on_policy\.{named}"):
             OnPolicy(teacher="x", **fields)  # type: ignore[arg-type]
     anatomy = setting("bert", "classification").context().anatomy
-    with pytest.raises(ConfigError, match=r"^compression\.on_policy: the student writes; needs a language model"):
+    with pytest.raises(ConfigError, match=r"^compression\.on_policy: the student goes on from the start of a te"):
         OnPolicy(teacher="x").check(anatomy, {})
     anatomy = setting("llama", "causal_lm").context().anatomy
     with pytest.raises(ConfigError, match=r"new_tokens=100000: the model reads at most"):

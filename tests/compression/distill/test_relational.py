@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.compression.distill.relational import Relational, angles, distances
+from niwaki.compression.distill.relational import Relational, angles, different, distances
 from niwaki.errors import ConfigError
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.teacher import Teacher
 
 
 def huber(x: float) -> float:
@@ -69,6 +71,33 @@ def test_the_sum_up_of_a_model_that_reads_from_left_to_right(pair: Callable[...,
     lengths = both.lengths()
     sides = [[s[-1][row, n - 1].tolist() for row, n in enumerate(lengths)] for s in both.states()]
     assert both.loss().item() == pytest.approx(of_distances(sides), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("bert", "classification"), ("t5", "translation"), ("bart", "translation")]
+)
+@pytest.mark.parametrize("pooling", ["mean", "summary"])
+def test_it_is_zero_for_a_student_that_is_its_teacher(
+    setting: Callable[..., Any], family: str, task: str, pooling: Any
+) -> None:
+    one, other = setting(family, task), setting(family, task)
+    stage, batch = Relational(teacher="x", pooling=pooling), one.batch()
+    assert len(batch["input_ids"]) >= 3
+    (term,) = stage.prepare(one.model, one.context(load_teacher=lambda *_: Teacher(other.model))).terms.values()
+    assert term(one.model.eval()(**one.task.inputs(batch)), batch).item() == pytest.approx(0.0, abs=1e-8)
+    for linear in Anatomy.of(one.model).linears().values():
+        linear.weight.data *= 8
+    assert term(one.model(**one.task.inputs(batch)), batch).item() > 1e-6
+
+
+def test_the_places_are_made_once_for_a_size_where_the_values_are() -> None:
+    for order in (2, 3):
+        first = different(5, order, torch.device("cpu"))
+        assert different(5, order, torch.device("cpu")) is first
+        assert different(5, order, torch.device("meta")).device.type == "meta"
+        assert [bool(first[index]) for index in itertools.product(range(5), repeat=order)] == [
+            len(set(index)) == order for index in itertools.product(range(5), repeat=order)
+        ]
 
 
 def test_neither_size_nor_place_matters() -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class RememberedLogits(Remembered[Answers]):
     def __init__(self, teacher: Teacher, context: Context, kept: Kept, field: str) -> None:
         super().__init__(teacher, context, f"{field}=true")
         self._kept = kept
+        self._by_token = False  # whether there are logits for each token, rather than for each row
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Targets:
         return self.found(batch).of(batch["row"])
@@ -99,8 +101,7 @@ class RememberedLogits(Remembered[Answers]):
         owners: list[Tensor] = []
         rows = 0
         with (folder / "values.f32").open("wb") as values, (folder / "places.i32").open("wb") as places:
-            batches = self._context.training()
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(self._context.training()):
                 targets, owner = self._ask({name: tensor.to(device) for name, tensor in batch.items()})
                 targets.values.cpu().numpy().tofile(values)
                 if targets.places is not None:
@@ -108,20 +109,29 @@ class RememberedLogits(Remembered[Answers]):
                 owners.append(owner.cpu())
                 rows += len(batch["row"])
                 if number == 0:
-                    self._check_space(folder, values.tell() + places.tell(), len(batches))
+                    self._check_space(folder, (values.tell() + places.tell()) // max(len(owner), 1))
         Ragged.write(folder, torch.cat(owners).numpy(), rows)
 
     def _ask(self, batch: Mapping[str, Tensor]) -> tuple[Targets, Tensor]:
         """What the teacher says of the positions that count, and the row of each."""
-        logits, owner = owned(self._context.predictions, self.teacher.say(batch).outputs, batch, batch["row"])
+        outputs = self.teacher.say(batch).outputs
+        self._by_token = outputs.logits.dim() > 2
+        logits, owner = owned(self._context.predictions, outputs, batch, batch["row"])
         return self._kept.of(logits), owner
 
-    def _check_space(self, folder: Path, first: int, batches: int) -> None:
-        """Raise ConfigError where the disk has no room for as many batches as the first, which is the longest."""
-        free, wanted = shutil.disk_usage(folder).free - remembered.SPARE, first * batches
+    def _count(self, batch: Mapping[str, Tensor]) -> int:
+        """How many positions of a batch count; no model has to read it."""
+        read = batch.get("decoder_input_ids", batch["input_ids"])
+        shape = read.shape if self._by_token else read.shape[:1]
+        return len(self._context.predictions(SimpleNamespace(logits=torch.empty(*shape, 1)), batch))
+
+    def _check_space(self, folder: Path, bytes_each: int) -> None:
+        """Raise ConfigError where the disk has no room for so many bytes of each position of all rows."""
+        free = shutil.disk_usage(folder).free - remembered.SPARE
+        wanted = bytes_each * sum(map(self._count, self._context.training()))
         if wanted > free:
             raise ConfigError(
-                f"{self._field}: the answers may need {wanted / 1e9:.1f} GB, {max(free, 0) / 1e9:.1f} GB are "
+                f"{self._field}: the answers need {wanted / 1e9:.1f} GB, {max(free, 0) / 1e9:.1f} GB are "
                 "free; keep fewer classes (top_k), or leave it false"
             )
 

@@ -31,6 +31,7 @@ class Attention(Representation):
 
     paper: ClassVar[str] = "Jiao et al. 2020, arXiv:1909.10351"
     attention: ClassVar[bool] = True
+    states: ClassVar[bool] = False
 
     layers: Layers = "uniform"
 

@@ -25,6 +25,7 @@ class Cosine(Representation):
     """
 
     paper: ClassVar[str] = "Sanh et al. 2019, arXiv:1910.01108"
+    states: ClassVar[bool] = False
 
     def compare_outlines(self, student: Seen, teacher: Seen) -> None:
         return None

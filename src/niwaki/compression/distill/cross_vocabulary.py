@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,9 @@ class CrossVocabulary(Compared):
     are all as far from one another.
 
     The teacher reads the same training rows in its own tokens. Position by position, as in the paper, the two texts
-    are compared as far as the shorter one goes. Where the classes are labels, and so the same, it is their KL
-    divergence at `temperature`, as in distill/logits. The paper's temperature is 1.
+    are compared as far as the shorter one goes; word by word where each word has an answer. Where the classes are
+    labels, and so the same, it is their KL divergence at `temperature`, as in distill/logits. The paper's temperature
+    is 1.
     """
 
     paper: ClassVar[str] = "Boizard et al. 2024, arXiv:2402.12030"
@@ -60,10 +62,9 @@ class CrossVocabulary(Compared):
         distance = self.compare_tokens if tokens else self.compare_labels
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
-            order = torch.arange(len(batch["row"]), device=batch["row"].device)
-            logits, rows = owned(context.predictions, student.outputs, batch, order)
-            others, their_rows = owned(context.predictions, teacher.outputs, teacher.batch, order)
-            ours, theirs = shared_places(rows, their_rows)
+            logits, *places = placed(context.predictions, student.outputs, batch)
+            others, *their_places = placed(context.predictions, teacher.outputs, teacher.batch)
+            ours, theirs = shared_places(places, their_places)
             return distance(logits[ours], others[theirs])
 
         return Lesson(compare)
@@ -80,14 +81,26 @@ class CrossVocabulary(Compared):
         return softened_divergence(student, teacher, self.temperature)
 
 
-def shared_places(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Which positions to compare, of two lists of their rows (n,), (m,), where each row's positions stand together and
-    the rows are in one order: of each row as many from its start as both have."""
-    rows = int(max(first.max(), second.max())) + 1
-    counts = [torch.bincount(one, minlength=rows) for one in (first, second)]
-    both = torch.minimum(*counts)
-    chosen = []
-    for owners, count in zip((first, second), counts, strict=True):
-        place = torch.arange(len(owners), device=owners.device) - (count.cumsum(0) - count)[owners]
-        chosen.append((place < both[owners]).nonzero().flatten())
-    return chosen[0], chosen[1]
+def placed(predictions: Any, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (positions, classes) of the positions that count, the row of each, and its number there: of the word, as
+    `words` (rows, positions) has it where a task gives one, for not every tokenizer has a piece of each; else from the
+    row's start."""
+    order = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
+    logits, rows = owned(predictions, outputs, batch, order)
+    if "words" in batch:
+        return logits, rows, predictions(SimpleNamespace(logits=batch["words"][..., None]), batch)[:, 0]
+    return logits, rows, from_start(rows)
+
+
+def from_start(rows: Tensor) -> Tensor:
+    """The number of each position in its row, where those of a row stand together and the rows are in order."""
+    counts = torch.bincount(rows)
+    return torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+
+
+def shared_places(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Which positions to compare, of two lists (row of each, number of each in its row), both in this order: those
+    that both have."""
+    width = max(int(numbers.max()) for _, numbers in (first, second)) + 1
+    ours, theirs = (rows * width + numbers for rows, numbers in (first, second))
+    return torch.isin(ours, theirs).nonzero().flatten(), torch.isin(theirs, ours).nonzero().flatten()

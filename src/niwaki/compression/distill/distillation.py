@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import Flow, Recorder, Seen, outline, recorder_of, refuse_attention
-from niwaki.model.teacher import Precision, Said, Taught, Teacher, places_of
+from niwaki.model.teacher import Precision, Said, Taught, Teacher, places_of, plainly
 from niwaki.stage import Context, Effects, Phase, Stage
 
 Compare = Callable[[Said, Said, Mapping[str, Tensor]], Tensor]
@@ -46,13 +46,18 @@ class Distillation(Stage):
         """`compression.hidden`: its place in a config."""
         return title_of(self)
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that it makes for the teacher to read, beside the rows."""
+        return 0
+
     def teachers(self) -> dict[str, str]:
         """The fields that name a teacher, and where it is."""
         return {f"{self.title}.teacher": self.teacher} if self.teacher else {}
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
         terms = [other for other in others if isinstance(other, Taught)]
-        named = sorted({term.teacher for term in terms if term.teacher})
+        named = sorted({plainly(term.teacher) for term in terms if term.teacher})
         if self.teacher is None and len(named) != 1:
             why = f", since the other terms have different ones ({' and '.join(named[:2])})" if named else ""
             return f"{self.title}.teacher: needs a hub name, a folder, or an artifact of this project{why}"
@@ -103,6 +108,7 @@ class Representation(Compared):
     """A term that compares what flows through student and teacher."""
 
     attention: ClassVar[bool] = False  # whether it compares what their attentions compare
+    states: ClassVar[bool] = True  # whether it compares the states between their blocks
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if self.attention:
@@ -134,7 +140,9 @@ class Representation(Compared):
             )
         teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
         lesson = self.seeded_lesson(context, teacher)
-        return inside(context.anatomy, teacher, self.name, lesson, self.weight, attention=self.attention)
+        return inside(
+            context.anatomy, teacher, self.name, lesson, self.weight, attention=self.attention, states=self.states
+        )
 
     def outlines(self, context: Context, teacher: Teacher) -> tuple[Seen, Seen]:
         """The shapes of what flows through student and teacher, which can be compared."""
@@ -144,11 +152,13 @@ class Representation(Compared):
 
 
 def inside(
-    anatomy: Anatomy, teacher: Teacher, name: str, lesson: Lesson, weight: float, *, attention: bool = False
-) -> Effects:
+    anatomy: Anatomy, teacher: Teacher, name: str, lesson: Lesson, weight: float, *, attention: bool = False,
+    states: bool = True,
+) -> Effects:  # fmt: skip
     """A term on what flows through a student and its teacher, both of which are watched until the fit ends."""
-    teacher.watch(attention=attention)
+    teacher.watch(attention=attention, states=states)
     recorder = recorder_of(anatomy)
+    recorder.watch_states(states)
     if attention:
         recorder.watch_attention()
     return Effects(

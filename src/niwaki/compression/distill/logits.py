@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from niwaki.compression.distill import divergence
 from niwaki.compression.distill.answers import Kept, RememberedLogits, RememberedTerm, Targets
 from niwaki.compression.distill.distillation import Compared, Distillation, Lesson, Term
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.teacher import Said, Taught, Teacher, the_one
+from niwaki.model.teacher import Said, Taught, Teacher, places_of, plainly, the_one
 from niwaki.stage import Context, Effects, Stage
+
+LARGEST_PART = 2**24  # numbers of either side that are compared at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class Logits(Compared):
 
     def twice(self, others: Sequence[Stage]) -> str | None:
         """Say so where a teacher would count twice in the mean."""
-        places = [os.path.normpath(place) for place in (self.teacher or the_one(others), *(self.more_teachers or ()))]
+        places = [plainly(place) for place in (self.teacher or the_one(others), *(self.more_teachers or ()))]
         again = [place for number, place in enumerate(places) if place in places[:number]]
         return f"{self.title}.more_teachers: {again[0]!r} stands twice; once is enough" if again else None
 
@@ -92,12 +94,17 @@ class Logits(Compared):
                 f"{self.title}.cache=true and {retelling[0]}: what is kept is of the rows as they are, and other texts "
                 "stand in them then; leave it false"
             )
-        if self.cache and taught:
-            return (
-                f"{self.title}.cache=true and {taught[0].name}: the teacher runs for the other term anyway; leave it "
-                "false"
-            )
-        return super().conflict(others) or (self.twice(others) if self.more_teachers else None)
+        if reason := super().conflict(others):
+            return reason
+        if self.cache:
+            own = places_of(self, others)
+            sharing = [other.name for other in taught if own & places_of(other, [self, *others])]
+            if sharing:
+                return (
+                    f"{self.title}.cache=true and {sharing[0]}: the teacher runs for the other term anyway; leave it "
+                    "false"
+                )
+        return self.twice(others) if self.more_teachers else None
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         if self.cache and anatomy.fills_in:
@@ -130,8 +137,12 @@ class Logits(Compared):
         """The same divergence, from what was kept of the teacher, over so many classes."""
         if said.places is None:
             return softened_divergence(student, said.values, self.temperature, self.measure())
-        logs = functional.log_softmax(student[:, :classes].float() / self.temperature, dim=-1)
-        return self.temperature**2 * self.measure()(divergence.with_rest(logs, said.places), said.values)
+
+        def compare(student: Tensor, values: Tensor, places: Tensor) -> Tensor:
+            logs = functional.log_softmax(student[:, :classes].float() / self.temperature, dim=-1)
+            return self.temperature**2 * self.measure()(divergence.with_rest(logs, places), values)
+
+        return in_parts(compare, student, said.values, said.places)
 
     def lesson(self, context: Context, teacher: Teacher) -> Lesson:
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
@@ -193,9 +204,25 @@ def softened_divergence(
     """T^2 times the divergence of the softened distributions (forward KL unless told otherwise), mean over rows; both
     logits (n, classes). Classes that only one has are none: embeddings are often padded behind the vocabulary."""
     classes = min(student.shape[-1], teacher.shape[-1])
-    logs = [
-        functional.log_softmax(logits[..., :classes].float() / temperature, dim=-1) for logits in (student, teacher)
-    ]
-    ours, theirs = divergence.top_and_rest(logs[0], logs[1], top_k) if top_k else logs
-    found = measure(ours, theirs) if measure else divergence.kl(theirs, ours)
-    return temperature**2 * found
+
+    def compare(student: Tensor, teacher: Tensor) -> Tensor:
+        logs = [
+            functional.log_softmax(logits[..., :classes].float() / temperature, dim=-1) for logits in (student, teacher)
+        ]
+        ours, theirs = divergence.top_and_rest(logs[0], logs[1], top_k) if top_k else logs
+        found = measure(ours, theirs) if measure else divergence.kl(theirs, ours)
+        return temperature**2 * found
+
+    return in_parts(compare, student, teacher)
+
+
+def in_parts(compare: Callable[..., Tensor], *sides: Tensor) -> Tensor:
+    """`compare`, a mean over rows, of these (n, ...). Where that takes more than LARGEST_PART numbers, some rows at a
+    time, of which nothing but the given is kept for the gradient: with the tokens of a language model for classes, a
+    logarithm of the probabilities of either side is as large as all that the model keeps of its blocks."""
+    count, most = len(sides[0]), max(1, LARGEST_PART // max(side.shape[-1] for side in sides))
+    if count <= most:
+        return compare(*sides)
+    parts = list(zip(*(side.split(most) for side in sides), strict=True))
+    sums = [len(part[0]) * checkpoint(compare, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum() / count

@@ -18,6 +18,7 @@ from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.capture import unseen
 from niwaki.model.teacher import Teacher
+from niwaki.model.text import end_tokens
 from niwaki.stage import Context, Effects
 
 
@@ -53,16 +54,23 @@ class OnPolicy(Weighed):
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         model: Any = anatomy.model
         if not anatomy.causal or model.get_output_embeddings() is None:
-            raise ConfigError(f"{self.title}: the student writes; needs a language model, such as task=causal_lm")
-        whole = self.prompt + self.new_tokens
-        if anatomy.positions is not None and whole > anatomy.positions:
+            raise ConfigError(
+                f"{self.title}: the student goes on from the start of a text; needs a decoder-only language model, "
+                "such as task=causal_lm has"
+            )
+        if anatomy.positions is not None and self.longest_text > anatomy.positions:
             raise ConfigError(
                 f"{self.title}.prompt={self.prompt} and new_tokens={self.new_tokens}: the model reads at most "
                 f"{anatomy.positions} tokens"
             )
 
+    @property
+    def longest_text(self) -> int:
+        return self.prompt + self.new_tokens
+
     def prepare(self, model: nn.Module, context: Context) -> Effects:
         teacher = context.load_teacher(self.teacher, f"{self.title}.teacher")
+        teacher.only_say()
         return Effects(terms={self.name: OwnTexts(self, model, teacher)})
 
 
@@ -89,7 +97,7 @@ class OwnTexts:
 def sample(model: Any, starts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Texts that go on from `starts` (rows, tokens), sampled from the model in eval mode, and which of their tokens it
     wrote, the first end token included: both (rows, tokens + count)."""
-    training, ends = model.training, model.config.eos_token_id
+    training, ends = model.training, end_tokens(model).to(starts.device)
     model.eval()
     try:
         texts, running = starts, torch.ones(len(starts), dtype=torch.bool, device=starts.device)
@@ -101,16 +109,10 @@ def sample(model: Any, starts: Tensor, count: int) -> tuple[Tensor, Tensor]:
                 cache = outputs.past_key_values
                 step = torch.multinomial(outputs.logits[:, -1].float().softmax(-1), 1)
                 texts, written = torch.cat([texts, step], 1), [*written, running[:, None]]
-                running = running & ~is_end(step[:, 0], ends)
+                running = running & ~torch.isin(step[:, 0], ends)
         return texts, torch.cat(written, 1)
     finally:
         model.train(training)
-
-
-def is_end(tokens: Tensor, ends: int | list[int] | None) -> Tensor:
-    """Which of these tokens end a text."""
-    known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return torch.isin(tokens, torch.tensor(known, dtype=tokens.dtype, device=tokens.device))
 
 
 def judged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +31,7 @@ class Relational(Representation):
     """
 
     paper: ClassVar[str] = "Park et al. 2019, arXiv:1904.05068"
+    states: ClassVar[bool] = False
 
     distance: float = 1.0
     angle: float = 2.0
@@ -54,9 +56,9 @@ class Relational(Representation):
             ours, theirs = (self._rows(said, anatomy, batch) for said, anatomy in sides)
             loss = 0.0 * ours.sum()
             if self.distance and len(ours) > 1:
-                loss = loss + self.distance * huber_mean(distances(ours), distances(theirs), different(len(ours), 2))
+                loss = loss + self.distance * huber_mean(distances(ours), distances(theirs))
             if self.angle and len(ours) > 2:
-                loss = loss + self.angle * huber_mean(angles(ours), angles(theirs), different(len(ours), 3))
+                loss = loss + self.angle * huber_mean(angles(ours), angles(theirs))
             return loss
 
         return Lesson(compare)
@@ -70,7 +72,7 @@ def distances(rows: Tensor) -> Tensor:
     """||x_i - x_j||, divided by the mean over all pairs: (n, n)."""
     squares = ((rows[:, None] - rows[None]) ** 2).sum(-1)
     plain = squares.clamp(min=1e-12).sqrt()
-    return plain / mean_over(plain, different(len(rows), 2).to(rows.device))
+    return plain / mean_over(plain, different(len(rows), 2, rows.device))
 
 
 def angles(rows: Tensor) -> Tensor:
@@ -79,13 +81,14 @@ def angles(rows: Tensor) -> Tensor:
     return towards @ towards.transpose(1, 2)
 
 
-def different(count: int, order: Literal[2, 3]) -> Tensor:
-    """Where all indices differ: (n, n) or (n, n, n), bool."""
-    pairs = ~torch.eye(count, dtype=torch.bool)
+@lru_cache(maxsize=8)
+def different(count: int, order: int, device: torch.device) -> Tensor:
+    """Where all of two or three indices differ: (n, n) or (n, n, n), bool. Kept, since most batches are of one size."""
+    pairs = ~torch.eye(count, dtype=torch.bool, device=device)
     return pairs if order == 2 else pairs[:, :, None] & pairs[:, None, :] & pairs[None]
 
 
-def huber_mean(student: Tensor, teacher: Tensor, where: Tensor) -> Tensor:
-    """The mean of x^2 / 2 up to 1, and of |x| - 1/2 beyond, with x the difference."""
+def huber_mean(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean of x^2 / 2 up to 1, and of |x| - 1/2 beyond, with x the difference, where all indices differ."""
     losses = functional.huber_loss(student, teacher, reduction="none")
-    return mean_over(losses, where.to(losses.device))
+    return mean_over(losses, different(len(losses), losses.dim(), losses.device))

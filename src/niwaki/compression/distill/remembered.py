@@ -5,20 +5,23 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 import niwaki
+from niwaki.compression.distill import divergence, states
 from niwaki.console import notice
-from niwaki.data.encode import cache_folder
+from niwaki.data.encode import cache_folder, source_of
 from niwaki.errors import ConfigError
 from niwaki.model.teacher import Teacher
 from niwaki.stage import Context
@@ -33,13 +36,14 @@ class Remembered(abc.ABC, Generic[Found]):
     """A teacher whose answers to the training rows are looked up: computed in one pass when they are first asked for,
     under the precision of that moment, unless a run has done so before. After that the teacher does not run.
 
-    The name of the file is a digest of the teacher's weights, the encoded rows, the precision and what is kept, so that
-    another of these has another file. Processes that want the same one wait for the first. `field`: the setting that
-    asks for it, for errors.
+    The name of the file is a digest of the teacher (weights, settings, code), the encoded rows, the precision and what
+    is kept, so that another of these has another file. Processes that want the same one wait for the first. `field`:
+    the setting that asks for it, for errors.
     """
 
     def __init__(self, teacher: Teacher, context: Context, field: str) -> None:
         self._teacher: Teacher | None = teacher
+        teacher.only_say()
         self._context = context
         self._field = field
         self._found: Found | None = None
@@ -79,18 +83,22 @@ class Remembered(abc.ABC, Generic[Found]):
                     notice(f"{self._field}: its teacher answers each training row once; kept in {folder}")
                     self._write(path, device)
                     remove_oldest(folder, path)
-            path.touch()
+                os.utime(path)
+                return self._read(path)
         except OSError as error:
             raise ConfigError(f"{self._field}: {folder} cannot be used: {error}; set NIWAKI_CACHE") from error
-        return self._read(path)
 
     def _key(self, device: torch.device) -> str:
         cast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
-        told = [niwaki.__version__, self.teacher.fingerprint(), self.teacher.precision, cast, device.type]
+        kinds = [kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Remembered)]
+        code = source_of([*kinds, divergence.__name__, states.__name__])
+        told = [niwaki.__version__, code, self.teacher.fingerprint(), self.teacher.precision, cast, device.type]
         return hashlib.sha256(json.dumps([*told, self._what(), self._context.training_key()]).encode()).hexdigest()
 
     def _write(self, path: Path, device: torch.device) -> None:
-        """All answers, into a folder that takes its name when it is whole."""
+        """All answers, into a folder that takes its name when it is whole. The caller holds the lock of `path`."""
+        for stale in path.parent.glob(f".{path.name}.*"):
+            shutil.rmtree(stale)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             self._fill(partial, device)
@@ -130,11 +138,23 @@ def spans(owners: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def remove_oldest(folder: Path, keep: Path) -> None:
-    """Until all answers together are below their bound. Those that a process has mapped stay readable to it."""
-    found = [(path.stat().st_mtime, path) for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in found}
-    total = sum(sizes.values())
-    for _, path in sorted(found):
-        if total > LARGEST and path != keep:
+    """Until all answers together are below their bound, but for those that a process makes or opens just now, which
+    holds their lock. Those that one has mapped stay readable to it."""
+    found = sorted(entries(folder))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in found:
+        if total <= LARGEST:
+            return
+        if path == keep:
+            continue
+        with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
             shutil.rmtree(path, ignore_errors=True)
-            total -= sizes[path]
+            total -= size
+
+
+def entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """(when it was last used, bytes, path) of all that is kept; another process may take some away meanwhile."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            if path.is_dir() and path.name[0] != ".":
+                yield path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path

@@ -63,6 +63,7 @@ class CoFi(Stage):
     turn: ClassVar[int] = 1
     leaves_out_units: ClassVar[bool] = True
     own_tokens: ClassVar[bool] = False
+    longest_text: ClassVar[int] = 0
     paper: ClassVar[str] = "Xia, Zhong & Chen 2022, arXiv:2204.00408; Louizos et al. 2018, arXiv:1712.01312"
 
     sparsity: float = 0.5

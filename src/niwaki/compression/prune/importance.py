@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from niwaki.model.capture import passes_aside
 from niwaki.model.stream import Stream
 from niwaki.model.text import in_decoder, text_of
 from niwaki.model.units import Units
@@ -56,9 +57,10 @@ class Meter:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         parted = args[0].unflatten(-1, (self.units.count, self.units.columns))
-        if self.gathers and self.kind == "activation":
+        gathers = self.gathers and not passes_aside()
+        if gathers and self.kind == "activation":
             self._add_activation(parted.detach())
-        if self.gathers and self.kind == "taylor" and torch.is_grad_enabled():
+        if gathers and self.kind == "taylor" and torch.is_grad_enabled():
             factor = self._factor(parted)
             self.factors.append(factor)
         elif self.gate is not None:
