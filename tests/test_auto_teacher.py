@@ -73,6 +73,7 @@ def test_another_config_has_another_teacher(config_of: Any) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
+        "export=hf",
         "measure=full", "logger=csv", "store=dense", "callbacks=[checkpoint]", "callbacks=[checkpoint,ema]",
         "compression.logits.temperature=3.0",
     ],

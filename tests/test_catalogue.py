@@ -9,7 +9,7 @@ from niwaki.catalogue import config_folder, options
 from niwaki.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-MANY = {"callbacks", "compression", "experiment"}
+MANY = {"callbacks", "compression", "experiment", "export"}
 
 
 def named(axis):

@@ -262,7 +262,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
 
 def load_merged(folder: str | Path) -> Artifact:
     """The artifact with dense weights: codes as the weights that they stand for, adapters merged."""
-    saved = load(folder)
+    return merge(load(folder))
+
+
+def merge(saved: Artifact) -> Artifact:
+    """The same artifact, its codes as the weights that they stand for, its adapters merged."""
     to_dense(saved.model)
     for edit in saved.edits:
         edit.merge(saved.model)

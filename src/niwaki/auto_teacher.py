@@ -31,12 +31,12 @@ def wanted(config: Mapping[str, Any]) -> list[str]:
 
 def of_teacher(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the teacher's own run: the same task, labelled rows, tuning and seed, on the whole model, nothing
-    compressed, and the best step on validation whatever the student keeps. The seed is the student's, since it also
-    decides which rows a split is carved of."""
+    compressed or exported, and the best step on validation whatever the student keeps. The seed is the student's, since
+    it also decides which rows a split is carved of."""
     shown = {name: settings for name, settings in (config.get("callbacks") or {}).items() if name in SHOWN}
     model, data = {**config["model"], "layers": None}, {**config["data"], "unlabelled": None}
     return {
-        **config,
+        **{name: node for name, node in config.items() if name != "export"},
         "model": model,
         "data": data,
         "compression": {},

@@ -148,6 +148,30 @@ def unpack(
 
 
 @app.command()
+def export(
+    place: Place,
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="onnx and others: niwaki list export.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="Labelled rows; without a file, the test rows of the run.")
+    ] = None,
+    column: Columns = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SETTING=VALUE", help="Of the format: opset=25.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: none.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Write an artifact in another format, held to the artifact and scored as exported; JSON out."""
+    quiet()
+    from niwaki.export.command import export_command
+    from niwaki.measure.sides import clean
+
+    found = export_command(place, file, pairs(column), to, setting or [], output, repeats, batch_size)
+    print(json.dumps(clean(found), indent=1))
+
+
+@app.command()
 def sensitivity(
     place: Place,
     file: Annotated[

@@ -37,11 +37,12 @@ from niwaki.allow import resolve
 from niwaki.callbacks import CallbackSettings
 from niwaki.catalogue import config_folder
 from niwaki.errors import ConfigError, UserError, nearest
+from niwaki.export.export import Export
 from niwaki.recipe import AXES, Recipe
 from niwaki.stage import Stage
 
-KINDS = (Recipe, Stage, CallbackSettings, pl.Callback, *AXES.values())
-GROUPS_OF_MANY = ("compression", "callbacks")
+KINDS = (Recipe, Stage, CallbackSettings, Export, pl.Callback, *AXES.values())
+GROUPS_OF_MANY = ("compression", "callbacks", "export")
 FREE_MAPPINGS = ("data.columns", "model.overrides", "optimizer.lr_by_part")  # whose keys no config can know
 QUERIES = ("help", "hydra_help", "info", "cfg", "shell_completion")
 REPLACING = ("config_path", "config_name", "config_dir", "experimental_rerun")  # another config than the one checked

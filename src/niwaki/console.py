@@ -22,6 +22,14 @@ def notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def exported(one: Mapping[str, Any]) -> str:
+    """An export in a few words."""
+    from niwaki.measure.report import number
+
+    said = {"bytes": one["bytes"], **one["test"], "latency_ms": one["latency_ms"]}
+    return ", ".join(f"{name} {number(name, value)}" for name, value in said.items() if value is not None)
+
+
 class Console:
     """The terminal."""
 
@@ -53,4 +61,6 @@ class Console:
         from niwaki.measure.report import table
 
         self._console.print(table(metrics))
+        for name, one in (metrics.get("exports") or {}).items():
+            self._console.print(f"{folder}/exports/{name}/: {exported(one)}")
         self._console.print(f"{folder}/: metrics.json, report.md, report.png, model/")

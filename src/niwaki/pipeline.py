@@ -1,4 +1,5 @@
-"""The order of a run, which only this file knows: load, shape, tune, weights, fit, fold, convert, save, measure."""
+"""The order of a run, which only this file knows: load, shape, tune, weights, fit, fold, convert, save, measure,
+export."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from torch import nn
 from niwaki import artifact
 from niwaki.console import Console
 from niwaki.data.corpus import Corpus
+from niwaki.export import exports
+from niwaki.export.export import ExportError
 from niwaki.fit import Work, fit
 from niwaki.measure import sides
 from niwaki.model.anatomy import Anatomy
@@ -59,10 +62,27 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     )  # fmt: skip
     facts = {**fitted.facts(), **work.context.facts}
     metrics = sides.compare(recipe, corpus, model, folder, before, facts, list(work.context.targets))
-    sides.write(folder, metrics, config)
+    sides.write(folder, metrics, config)  # before the exports: whatever becomes of them, these numbers stay
+    failures = export(recipe, corpus, folder, metrics, config)
     fitted.close(metrics)
     console.result(metrics, folder)
+    if failures:
+        raise ExportError("; ".join(map(str, failures)))
     return metrics
+
+
+def export(
+    recipe: Recipe, corpus: Corpus, folder: Path, metrics: dict[str, Any], config: Mapping[str, Any]
+) -> list[ExportError]:
+    """Write the artifact in other formats, each evaluated as exported; their numbers join the metrics. Returns what
+    is wrong with those that are not good, of which no folder is left."""
+    if not recipe.export:
+        return []
+    rows = exports.Rows(corpus, metrics["after"]["test"], recipe.measure.repeats)
+    found, failures = exports.export_all(recipe.export.values(), folder / "model", folder / "exports", rows)
+    metrics["exports"] = sides.clean(found)
+    sides.write(folder, metrics, config)
+    return failures
 
 
 def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:
@@ -73,7 +93,10 @@ def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:
     corpus = read(recipe)
     for stage in recipe.stages:
         stage.check_steps(recipe.trainer.steps(len(corpus.training())))
-    return corpus, check_on_empty_model(recipe, corpus.labels, corpus.tokens)
+    empty = check_on_empty_model(recipe, corpus.labels, corpus.tokens)
+    for one in recipe.export.values():
+        one.check(recipe.task, empty)
+    return corpus, empty
 
 
 def read(recipe: Recipe) -> Corpus:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from niwaki import artifact, storage
 from niwaki.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from niwaki.task.task import Task
 
 
 def unpack(place: Path, folder: Path) -> Path:
@@ -22,31 +25,45 @@ def unpack(place: Path, folder: Path) -> Path:
     if folder.exists():
         raise ArtifactError(f"unpack {folder}: exists already; name a folder that does not")
     saved = artifact.load_merged(place)
-    refuse_foreign(saved, folder)
+    refuse_foreign(saved, f"unpack {folder}: ")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        storage.write(artifact.unique_tensors(saved.model), partial / artifact.WEIGHTS, {})
-        artifact.save_settings(saved.model, saved.tokenizer, partial)
+        write(saved, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return partial.rename(folder)
 
 
-def refuse_foreign(saved: artifact.Artifact, folder: Path) -> None:
-    """Raise ArtifactError unless the config of the model makes a model with the same tensors."""
+def write(saved: artifact.Artifact, folder: Path) -> None:
+    """Write a dense model, its settings and its tokenizer."""
+    storage.write(artifact.unique_tensors(saved.model), folder / artifact.WEIGHTS, {})
+    artifact.save_settings(saved.model, saved.tokenizer, folder)
+
+
+def shapes_of_plain(model: Any, task: Task) -> dict[str, torch.Size]:
+    """The tensors of the model that transformers builds from the config of `model`."""
     from niwaki.model.load import auto_class
 
     with torch.device("meta"):
-        plain: Any = auto_class(saved.task, saved.model.config).from_config(saved.model.config)
+        plain: Any = auto_class(task, model.config).from_config(model.config)
+    return {name: tensor.shape for name, tensor in plain.state_dict().items()}
+
+
+def foreign_names(model: Any, task: Task) -> list[str]:
+    """The tensors of a model, which may be empty, that a plain one has no place for, whatever their shape."""
+    return sorted(model.state_dict().keys() - shapes_of_plain(model, task).keys())
+
+
+def refuse_foreign(saved: artifact.Artifact, what: str) -> None:
+    """Raise ArtifactError unless the config of the model makes a model with the same tensors; `what` begins it."""
     ours = {name: tensor.shape for name, tensor in saved.model.state_dict().items()}
-    theirs = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    theirs = shapes_of_plain(saved.model, saved.task)
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:
         kind, edits = saved.model.config.model_type, ", ".join(type(edit).__name__ for edit in saved.edits)
         raise ArtifactError(
-            f"unpack {folder}: {odd[0]} is not what a plain {kind} has there (edits: {edits}), so only niwaki reads "
-            "this artifact"
+            f"{what}{odd[0]} is not what a plain {kind} has there (edits: {edits}), so only niwaki reads this artifact"
         )

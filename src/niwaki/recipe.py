@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from niwaki.callbacks import CallbackSettings
 from niwaki.data.source import Source
 from niwaki.errors import ConfigError
+from niwaki.export.export import Export
 from niwaki.logger import LoggerSettings
 from niwaki.measure.speed import Measure
 from niwaki.model.load import Pretrained
@@ -50,6 +51,7 @@ class Recipe:
     measure: Measure
     compression: Mapping[str, Stage] = field(default_factory=dict)
     callbacks: Mapping[str, CallbackSettings | pl.Callback] = field(default_factory=dict)
+    export: Mapping[str, Export] = field(default_factory=dict)
     seed: int = 0
     task_weight: float = 1.0
     store: Literal["auto", "dense"] = "auto"
@@ -65,6 +67,9 @@ class Recipe:
         for key, stage in self.compression.items():
             if not isinstance(stage, Stage) or stage.phase is Phase.TUNE:
                 raise ConfigError(f"compression.{key}: needs an option of configs/compression, not {stage!r}")
+        for key, one in self.export.items():
+            if not isinstance(one, Export):
+                raise ConfigError(f"export.{key}: needs an option of configs/export, not {one!r}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: needs a whole number from 0 to 4294967295")
         if self.store not in ("auto", "dense"):
@@ -134,7 +139,7 @@ class Recipe:
         shaping = by_phase[Phase.VOCABULARY] + by_phase[Phase.SHAPE]
         cut = [f"keep layers {list(self.model.layers)}"] if self.model.layers else []
         objective = [f"{self.task_weight:g} x {self.task.name}", *map(describe, by_phase[Phase.OBJECTIVE])]
-        return [
+        steps = [
             ("load", f"{self.model.title} for {self.task.name} on {option_name(self.data)}"),
             ("shape", ", ".join(cut + [describe(s) for s in shaping]) or "as loaded"),
             ("tune", describe(self.tuning)),
@@ -144,9 +149,11 @@ class Recipe:
             ),
             ("objective", " + ".join(objective)),
         ]
+        exports = ", ".join(map(describe, self.export.values()))
+        return [*steps, ("export", exports)] if exports else steps
 
 
-def describe(stage: Stage) -> str:
+def describe(stage: Stage | Export) -> str:
     """`prune/magnitude (sparsity 0.5, ...)`: the method and the settings that are not null."""
     shown = {f.name: getattr(stage, f.name) for f in fields(stage)}
     settings = ", ".join(f"{name} {short(value)}" for name, value in shown.items() if value not in (None, False))

@@ -32,6 +32,7 @@ CONTRACT = frozenset(  # of metrics.json; what else stands there was added by me
         "savings",
         "per_class",
         "averages",
+        "exports",
         "machine",
         "threads",
         "versions",
@@ -288,6 +289,22 @@ def classes(metrics: Mapping[str, Any]) -> str:
     return markdown_table(["class", *CLASS_COLUMNS], rows)
 
 
+def exports(metrics: Mapping[str, Any]) -> str:
+    """Every export beside the artifact, in markdown: each scored as exported, and timed in turns with the artifact."""
+    found = metrics["exports"]
+    timed: dict[str, Any] = next((one["artifact"] for one in found.values() if one.get("artifact")), {})
+    sides = {"artifact": {"test": metrics["after"]["test"], "bytes": metrics["after"]["bytes"], **timed}, **found}
+    names = [*(f"test.{name}" for name in metrics["after"]["test"]), "bytes", "latency_ms", "throughput", "parity"]
+    labels = {name: label for name, label, _ in COSTS} | {"parity": "largest logit difference"}
+    flat = {name: flatten(side) for name, side in sides.items()}
+    rows = [
+        [labels.get(name, name.replace(".", " ")), *(number(name, side.get(name)) for side in flat.values())]
+        for name in names
+    ]
+    rows.append(["runtime", *(str(side.get("runtime", "torch")) for side in flat.values())])
+    return markdown_table(["", *sides], rows)
+
+
 def _training(metrics: Mapping[str, Any]) -> str:
     whole = (metrics["before"] or metrics["after"])["parameters"]
     trainable = f"{metrics['trainable']:,} ({100 * metrics['trainable'] / whole:.2f}% of {whole:,})"
@@ -344,6 +361,8 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         parts += ["## Of the methods", found]
     if metrics.get("targets"):
         parts += ["## Compressed layers", _targets(metrics["targets"])]
+    if metrics.get("exports"):
+        parts += ["## Exports", exports(metrics)]
     if metrics.get("per_class"):
         parts += ["## Classes", classes(metrics)]
     parts += ["## Training", _training(metrics), "## Settings", _settings(config)]

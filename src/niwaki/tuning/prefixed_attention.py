@@ -74,7 +74,7 @@ def prefixed(attend: Callable[..., Any], causal_without_mask: bool) -> Callable[
         learned = getattr(module, NAME, None)
         if learned is None:
             return attend(module, query, key, value, attention_mask, **settings)
-        rows, length = len(key), key.shape[2]
+        rows, length = key.shape[0], key.shape[2]  # a length would be one number for good where a model is traced
         before_key, before_value = (part.to(key.dtype).expand(rows, -1, -1, -1) for part in learned())
         tokens = before_key.shape[2]
         causal = settings.get("is_causal")

@@ -1,0 +1,73 @@
+"""A plain folder of Hugging Face's transformers: dense weights that `from_pretrained` reads (Wolf et al. 2020,
+arXiv:1910.03771)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import ConfigError
+from niwaki.export.export import FLOAT_ORDER, Export, rounds_inputs
+from niwaki.export.runner import Runner, TorchRunner
+
+if TYPE_CHECKING:
+    from niwaki.artifact import Artifact
+    from niwaki.model.anatomy import Anatomy
+    from niwaki.task.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace(Export):
+    """Zeros as zeros, integers as the weights that they stand for, adapters merged; no input is rounded any more.
+
+    `tolerance`: how much of the test metric may be lost where the artifact rounds inputs; else the logits are its own.
+    """
+
+    paper: ClassVar[str] = "Wolf et al. 2020, arXiv:1910.03771"
+
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.tolerance < 0:
+            raise ConfigError(f"export.hf.tolerance={self.tolerance}: needs a number of at least 0")
+
+    def check(self, task: Task, anatomy: Anatomy) -> None:
+        from niwaki import plain
+
+        super().check(task, anatomy)
+        model: Any = anatomy.model
+        if odd := plain.foreign_names(model, task):
+            raise ConfigError(
+                f"export={self.name}: {odd[0]} is not what a plain {model.config.model_type} has there, so no folder "
+                "that from_pretrained reads can hold it"
+            )
+
+    def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        from niwaki import artifact, plain
+        from niwaki.model.load import auto_class
+
+        merged = artifact.merge(saved)
+        plain.refuse_foreign(merged, "")
+        plain.write(merged, folder)
+        return {"class": auto_class(saved.task, merged.model.config).__name__, "inputs": list(example)}
+
+    def runner(self, folder: Path) -> Runner:
+        import transformers
+
+        card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        kind = getattr(transformers, card["class"])
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not report["missing_keys"], report
+        return TorchRunner(model.eval(), card["inputs"], f"transformers {transformers.__version__}")
+
+    def bound(self, model: nn.Module) -> float | None:
+        return None if rounds_inputs(model) else FLOAT_ORDER
+
+    def loss_allowed(self, model: nn.Module) -> float | None:
+        return self.tolerance if rounds_inputs(model) else None

@@ -1,0 +1,202 @@
+"""ONNX: a graph that ONNX Runtime and others run, with our own integers in it (onnx.ai).
+
+A linear on integers stays one: the input is rounded token by token as ours is, and its codes meet the weights' codes in
+MatMulInteger, so the exported sums are the same integers. Codes without rounded inputs are dequantized in the graph, at
+most 4 bits each in the file where they have 3 or 4; 2 bits need opset 25.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import ConfigError
+from niwaki.export.export import Export, ExportError
+from niwaki.export.runner import PRECISE, OnnxRunner, Runner
+from niwaki.model.anatomy import Anatomy
+from niwaki.weights import packed
+
+if TYPE_CHECKING:
+    from niwaki.artifact import Artifact
+
+FILE = "model.onnx"
+LARGEST = 2**31 - 2**20  # bytes of one protobuf file; what is larger has its weights beside it
+OPSETS = (21, 25)  # that ours are written for: types of 4 bits, and of 2 bits
+LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(Export):
+    """Codes and scales of the artifact, one for one, in operators of ONNX.
+
+    `opset`: of the file, 21 or 25; null takes 21, and 25 where codes have 1 or 2 bits. `kernels`: `portable` uses
+    ONNX's own operators; `onnxruntime` multiplies codes of 3 and 4 bits by MatMulNBits, which only ONNX Runtime has.
+    """
+
+    paper: ClassVar[str] = "ONNX, 2017, github.com/onnx/onnx"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxscript")
+    extra: ClassVar[str] = "onnx"
+
+    opset: int | None = None
+    kernels: Literal["portable", "onnxruntime"] = "portable"
+
+    def __post_init__(self) -> None:
+        if self.opset not in (None, *OPSETS):
+            raise ConfigError(f"export.onnx.opset={self.opset}: needs null, 21 or 25")
+
+    def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        from niwaki.export import lowering
+
+        opset = self.opset or (OPSETS[1] if fewest_bits(saved.model) <= 2 else OPSETS[0])
+        model = plain_attention(saved.model)
+        held = lowering.hold_out(model)
+        lowering.to_plain(model)
+        graph = traced(model, example, opset)
+        lowering.lower(graph, held, opset, self.kernels)
+        lowering.check_lowered(graph)
+        share_tables(graph.graph)
+        save(graph, folder / FILE)
+        return described(graph)
+
+    def runner(self, folder: Path) -> Runner:
+        return OnnxRunner(folder / FILE)
+
+
+def plain_attention(model: Any) -> Any:
+    """The model with attention written out, which every family can be traced with, and in fewer nodes."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
+
+
+class Logits(nn.Module):
+    """A model as a function of its inputs, in their order, that gives logits alone."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.settings = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, *given: Tensor) -> Tensor:
+        logits: Tensor = self.model(**dict(zip(self.names, given, strict=True)), **self.settings).logits
+        return logits
+
+
+def dimensions(model: Any, example: Mapping[str, Tensor]) -> list[dict[int, Any]]:
+    """Rows and tokens, the same for all inputs: any number of rows, and of tokens what the model reads."""
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=Anatomy.of(model).positions)
+    return [{0: batch, 1: length} for _ in example]
+
+
+def traced(model: Any, example: Mapping[str, Tensor], opset: int) -> Any:
+    """The graph of a model, without what the exporter notes of our sources.
+
+    Raises:
+        ExportError: the exporter cannot follow the model.
+    """
+    names = list(example)
+    try:
+        with quiet_exporter(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                Logits(model, names).eval(), tuple(example.values()), dynamo=True,
+                dynamic_shapes={"given": tuple(dimensions(model, example))}, input_names=names, output_names=["logits"],
+                opset_version=opset, verbose=False,
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
+    graph = program.model
+    if fixed := [value.name for value in graph.graph.inputs if any(isinstance(size, int) for size in value.shape)]:
+        raise ExportError(f"this {model.config.model_type} can only be traced for one size of {fixed[0]}")
+    for thing in (graph, graph.graph, *graph.graph, *graph.graph.initializers.values(), *values_of(graph)):
+        thing.metadata_props.clear()
+        thing.doc_string = None
+    return graph
+
+
+def share_tables(graph: Any) -> None:
+    """Where an output layer is tied to the embeddings, the exporter stores their table a second time, turned; turn the
+    first one in the graph instead, which a runtime does once."""
+    import onnx_ir as ir
+
+    tables = [node.inputs[0] for node in graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]
+    for table in {value.name: value for value in tables}.values():
+        if len(table.shape) != 2:
+            continue
+        rows = table.const_value.numpy()
+        for other in list(graph.initializers.values()):
+            held = other.const_value
+            if other is table or tuple(held.shape) != rows.T.shape or other.is_graph_output():
+                continue
+            if (held.numpy() == rows.T).all():
+                turned = ir.Node("", "Transpose", [table], [ir.AttrInt64s("perm", [1, 0])], num_outputs=1)
+                turned.outputs[0].name = f"{table.name}.turned"
+                graph.insert_before(graph[0], turned)
+                ir.convenience.replace_all_uses_with(other, turned.outputs[0])
+                del graph.initializers[other.name]
+
+
+def values_of(graph: Any) -> Iterator[Any]:
+    """What flows between the nodes of a graph."""
+    yield from graph.graph.inputs
+    for node in graph.graph:
+        yield from node.outputs
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Within: no notices of the exporter."""
+    found = {name: logging.getLogger(name) for name in LOGGERS}
+    levels = {name: logger.level for name, logger in found.items()}
+    for logger in found.values():
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, logger in found.items():
+            logger.setLevel(levels[name])
+
+
+def fewest_bits(model: nn.Module) -> int:
+    """Of a stored weight; 32 where none is packed."""
+    return min((module.bits for _, module in packed(model)), default=32)
+
+
+def save(graph: Any, file: Path) -> None:
+    """Write a graph; weights that one file cannot hold stand beside it."""
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    ir.save(graph, file, external_data=f"{file.name}.data" if size > LARGEST else None)
+
+
+def described(graph: Any) -> dict[str, Any]:
+    """What `export.json` says of a graph."""
+
+    def shape(value: Any) -> dict[str, Any]:
+        sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+        return {"name": value.name, "type": str(value.dtype).lower(), "shape": sizes}
+
+    return {
+        "opset": graph.opset_imports[""],
+        "inputs": [shape(value) for value in graph.graph.inputs],
+        "outputs": [shape(value) for value in graph.graph.outputs],
+        "session": dict(PRECISE),
+    }

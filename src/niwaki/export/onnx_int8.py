@@ -1,0 +1,109 @@
+"""ONNX for speed on a plain CPU: one scale for all tokens of an input, and 8 bits for what the artifact left dense.
+
+Integer products as in Jacob et al. 2018 (arXiv:1712.05877), in the nodes of which ONNX Runtime makes one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.compression.quantize.integers import IntegerLinear, to_codes
+from niwaki.errors import ConfigError
+from niwaki.export.export import Export
+from niwaki.export.onnx import FILE, OPSETS, described, plain_attention, save, share_tables, traced
+from niwaki.export.runner import OnnxRunner, Runner
+from niwaki.model.anatomy import Anatomy
+from niwaki.weights import Packed, replace_everywhere
+
+if TYPE_CHECKING:
+    from niwaki.artifact import Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxInt8(Export):
+    """y = s_x s_w (codes_x - zero_x) codes_w + bias, with s_x and zero_x drawn from the whole input.
+
+    Linears with one scale per channel keep our codes and scales. All others of the blocks (dense, in groups, of shared
+    values) and the table of the embeddings are put on a symmetric 8-bit grid, a scale per channel or row; so is an
+    output layer that is tied to it. Inputs are rounded otherwise than in the artifact, and all rows of a batch share a
+    scale, so the bound is on the scores: `tolerance`, how much of the test metric may be lost against the artifact.
+    """
+
+    paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877; ONNX, 2017, github.com/onnx/onnx"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxscript")
+    extra: ClassVar[str] = "onnx"
+
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.tolerance < 0:
+            raise ConfigError(f"export.onnx_int8.tolerance={self.tolerance}: needs a number of at least 0")
+
+    def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        from niwaki.export import lowering
+
+        model = plain_attention(saved.model)
+        names = list(Anatomy.of(model).linears())
+        to_8_bits(model, names)
+        held = {**hold_out_table(model), **lowering.hold_out(model)}
+        lowering.to_plain(model)
+        graph = traced(model, example, OPSETS[0])
+        lowering.lower(graph, held, OPSETS[0], "dynamic")
+        lowering.check_lowered(graph)
+        share_tables(graph.graph)
+        save(graph, folder / FILE)
+        return described(graph)
+
+    def runner(self, folder: Path) -> Runner:
+        return OnnxRunner(folder / FILE)
+
+    def bound(self, model: nn.Module) -> float | None:
+        return None
+
+    def loss_allowed(self, model: nn.Module) -> float | None:
+        return self.tolerance
+
+
+def to_8_bits(model: nn.Module, names: list[str]) -> None:
+    """Put every linear of the blocks that has not one scale per channel on a symmetric 8-bit grid of its own."""
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        if isinstance(linear, IntegerLinear) and linear.scale.shape[1] == 1 and not has_real_zero(linear):
+            continue
+        if not isinstance(linear, nn.Linear | Packed):  # below an adapter
+            continue
+        weight = linear.dequantized() if isinstance(linear, Packed) else linear.weight.detach()
+        integer = IntegerLinear(
+            linear.in_features, linear.out_features, bits=8, group=None, activation_bits=8, bias=linear.bias
+        )
+        codes, scale = to_codes(weight.float(), 8)
+        integer.store(codes.to(torch.int8), scale)
+        replace_everywhere(model, linear, integer)
+
+
+def has_real_zero(linear: IntegerLinear) -> bool:
+    """Whether zero lies between two codes."""
+    zero = getattr(linear, "zero", None)
+    return zero is not None and zero.is_floating_point()
+
+
+def hold_out_table(model: Any) -> dict[str, Any]:
+    """Put placeholders where the table of the embeddings stands, and an output layer that is tied to it."""
+    from niwaki.export.lowering import Placeholder, Table, TiedHead
+
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        return {}
+    codes, scale = to_codes(embedding.weight.detach().float(), 8)
+    held: dict[str, Any] = {"embeddings": Table(codes.to(torch.int8), scale)}
+    if output is not None and output.weight is embedding.weight:
+        held["head"] = TiedHead(held["embeddings"], "embeddings", output.bias)
+        replace_everywhere(model, output, Placeholder("head", held["head"]))
+    replace_everywhere(model, embedding, Placeholder("embeddings", held["embeddings"]))
+    return held

@@ -1,0 +1,80 @@
+"""An exported file in its own runtime, called as the model that it was made of."""
+
+from __future__ import annotations
+
+import abc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PRECISE = {"session.x64quantprecision": "1"}  # or CPUs without VNNI clip the sums of two products
+
+
+class Runner(nn.Module, abc.ABC):
+    """(input_ids, attention_mask, ...) -> an object with `logits`. It stands on the CPU."""
+
+    runtime: str  # and its version
+
+    def __init__(self, inputs: list[str]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # tells where inputs have to be
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return self.place.device
+
+    @abc.abstractmethod
+    def logits(self, given: dict[str, Tensor]) -> Tensor:
+        """Of inputs by the names that the file has for them."""
+
+    def forward(self, **inputs: Tensor) -> Any:
+        given = {name: inputs[name] if name in inputs else missing(name, inputs) for name in self.inputs}
+        return SimpleNamespace(logits=self.logits(given))
+
+
+def missing(name: str, inputs: dict[str, Tensor]) -> Tensor:
+    """An input that a batch does not have: all is seen, and all is one text."""
+    ids = inputs["input_ids"]
+    return torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
+
+
+class TorchRunner(Runner):
+    """A function of torch that takes inputs by name, or in their order, and gives logits, alone or in an object."""
+
+    def __init__(self, function: Any, inputs: list[str], runtime: str, *, by_name: bool = True) -> None:
+        super().__init__(inputs)
+        self.function = [function]  # in a list: no part of this module
+        self.by_name = by_name
+        self.runtime = runtime
+
+    def logits(self, given: dict[str, Tensor]) -> Tensor:
+        found = self.function[0](**given) if self.by_name else self.function[0](*given.values())
+        logits: Tensor = getattr(found, "logits", found)
+        return logits
+
+
+class OnnxRunner(Runner):
+    """An ONNX file in ONNX Runtime, on as many threads as torch has."""
+
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # Threads that spin while they wait take the processor from whoever has the next turn.
+        for key, value in {**PRECISE, "session.intra_op.allow_spinning": "0"}.items():
+            options.add_session_config_entry(key, value)
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        super().__init__([one.name for one in session.get_inputs()])
+        self.session = session
+        self.runtime = f"onnxruntime {onnxruntime.__version__}"
+
+    def logits(self, given: dict[str, Tensor]) -> Tensor:
+        (found,) = self.session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
+        return torch.from_numpy(found)

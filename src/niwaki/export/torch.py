@@ -1,0 +1,135 @@
+"""torch.export: a graph of torch's own operators, which torch runs without the model's code (Ansel et al. 2024)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from niwaki.compression.quantize.integers import IntegerLinear, largest_code
+from niwaki.errors import ConfigError
+from niwaki.export.export import Export, ExportError
+from niwaki.export.onnx import Logits, cause, dimensions, plain_attention, quiet_exporter
+from niwaki.export.runner import Runner, TorchRunner
+from niwaki.weights import replace_everywhere, to_dense
+
+if TYPE_CHECKING:
+    from niwaki.artifact import Artifact
+    from niwaki.model.anatomy import Anatomy
+    from niwaki.task.task import Task
+
+FILE = "model.pt2"
+LIBRARY = "compiled.pt2"
+COMPILERS = ("g++", "clang++", "c++")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchExport(Export):
+    """An ExportedProgram for any number of rows and tokens; `compile` adds a shared library of it by AOTInductor."""
+
+    paper: ClassVar[str] = "Ansel et al. 2024, doi:10.1145/3620665.3640366"
+
+    compile: bool = False
+
+    def check(self, task: Task, anatomy: Anatomy) -> None:
+        super().check(task, anatomy)
+        if self.compile and not any(map(shutil.which, COMPILERS)):
+            raise ConfigError(
+                f"export.torch.compile=true: needs a C++ compiler ({', '.join(COMPILERS)}); none is found"
+            )
+
+    def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        model = plain_attention(saved.model)
+        for module in list(model.modules()):
+            if isinstance(module, IntegerLinear):
+                replace_everywhere(model, module, TracedIntegers(module))
+        to_dense(model)
+        program = exported(model, example)
+        torch.export.save(program, folder / FILE)
+        if self.compile:
+            with quiet_exporter():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / LIBRARY))
+        return {"inputs": list(example), "torch": torch.__version__}
+
+    def runner(self, folder: Path) -> Runner:
+        card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        if self.compile:
+            compiled = torch._inductor.aoti_load_package(str(folder / LIBRARY))
+            return TorchRunner(compiled, card["inputs"], f"AOTInductor {torch.__version__}", by_name=False)
+        program = torch.export.load(folder / FILE).module()
+        return TorchRunner(program, card["inputs"], f"torch.export {torch.__version__}", by_name=False)
+
+
+def exported(model: Any, example: Mapping[str, Tensor]) -> Any:
+    """The program of a model, without notes of our sources.
+
+    Raises:
+        ExportError: torch cannot follow the model.
+    """
+    try:
+        with quiet_exporter(), torch.no_grad():
+            program = torch.export.export(
+                Logits(model, list(example)).eval(), tuple(example.values()),
+                dynamic_shapes={"given": tuple(dimensions(model, example))},
+            )  # fmt: skip
+    except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
+        raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+class TracedIntegers(nn.Module):
+    """What IntegerLinear computes, of buffers alone: codes as int8, (in, out) where the product is one of integers."""
+
+    weight = None  # T5 asks for the type of a linear's weight, where it has one
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    factor: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(self, module: IntegerLinear) -> None:
+        super().__init__()
+        self.activation_bits = module.activation_bits
+        self.integers = module.runs_on_integers and getattr(module, "zero", None) is None
+        codes = module.integers()
+        self.register_buffer("codes", codes.t().contiguous() if self.integers else codes.contiguous())
+        self.register_buffer("scale", module.scale.float())
+        for name in ("zero", "factor", "input_scale"):
+            found = getattr(module, name, None)
+            self.register_buffer(name, None if found is None else found.float())
+        self.bias = module.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = values if self.factor is None else values * self.factor
+        if not self.activation_bits:
+            return functional.linear(values, self.dequantized(), self.bias)
+        codes, scale = self.rounded(values, largest_code(self.activation_bits))
+        if not self.integers:
+            return functional.linear(codes * scale, self.dequantized(), self.bias)
+        flat = codes.flatten(0, -2).to(torch.int8)
+        product = torch._int_mm(flat, self.codes).float().unflatten(0, values.shape[:-1])
+        product = product * scale * self.scale[:, 0]
+        return product if self.bias is None else product + self.bias
+
+    def rounded(self, values: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Codes (floats) and scale of the input: drawn from each token, or the one that was measured before."""
+        if self.input_scale is not None:
+            return (values / self.input_scale).round().clamp(-largest, largest), self.input_scale
+        scale = values.abs().amax(-1, keepdim=True) / largest
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (values / scale).round(), scale
+
+    def dequantized(self) -> Tensor:
+        """(codes - zero) * scale, (out, in)."""
+        grouped = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
+        grouped = grouped if self.zero is None else grouped - self.zero[:, :, None]
+        return (grouped * self.scale[:, :, None]).flatten(1)

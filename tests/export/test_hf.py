@@ -1,0 +1,79 @@
+"""A folder that from_pretrained reads, or a line that says why there can be none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from exported import saved
+from lifecycle import write_rows
+
+from niwaki import artifact, compose, pipeline
+from niwaki.compression.prune.heads import Heads
+from niwaki.compression.quantize.int8 import Int8
+from niwaki.compression.quantize.qat import QAT
+from niwaki.errors import ConfigError
+from niwaki.export.export import FLOAT_ORDER, ExportError
+from niwaki.export.exports import Rows, export
+from niwaki.export.hf import HuggingFace
+from niwaki.model.anatomy import Anatomy
+from niwaki.tuning.adapter import Houlsby
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    """On which a model of three labels is judged."""
+    path = write_rows(tmp_path)["classification"]
+    settings = ["data=files", f"data.train={path}", "model=tiny-bert", "logger=none", "callbacks=[]"]
+    return Rows(pipeline.read(compose.build(compose.compose(settings).config)), {"accuracy": 0.0}, 0)
+
+
+def test_what_is_on_a_grid_is_read_as_the_weights_that_it_stands_for(
+    setting: Callable[..., Any], tmp_path: Path, rows: Rows
+) -> None:
+    kept = saved(setting(), tmp_path / "model", QAT(bits=4, group=16, activation_bits=None))
+    found = export(HuggingFace(), kept.folder, tmp_path / "hf", rows)
+    assert found["parity"] <= found["bound"] == FLOAT_ORDER
+    assert found["runtime"] == f"transformers {transformers.__version__}"
+    assert found["bytes"] > 4 * 45_000
+    card = json.loads((tmp_path / "hf" / "export.json").read_text())
+    model = getattr(transformers, card["class"]).from_pretrained(tmp_path / "hf")
+    inputs = rows.corpus.task.inputs(rows.corpus.samples("test", 3, 1)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, kept.model(**inputs).logits, rtol=0, atol=1e-6)
+
+
+def test_where_inputs_were_rounded_the_scores_count(setting: Callable[..., Any], tmp_path: Path, rows: Rows) -> None:
+    kept = saved(setting(), tmp_path / "model", Int8())
+    found = export(HuggingFace(), kept.folder, tmp_path / "hf", rows)
+    assert found["bound"] is None
+    assert found["parity"] > 0
+    with pytest.raises(ExportError, match=r"^export=hf: test accuracy is .*export\.hf\.tolerance=0\.01 allows no"):
+        export(HuggingFace(), kept.folder, tmp_path / "other", replace(rows, scores={"accuracy": 1.0}))
+    assert not (tmp_path / "other").exists()
+
+
+def test_layers_that_a_plain_model_lacks_are_refused_before_the_fit(setting: Callable[..., Any]) -> None:
+    one = setting()
+    HuggingFace().check(one.task, Anatomy.of(one.model))
+    Houlsby(size=4).grow(one.model, one.context().anatomy)
+    with pytest.raises(ConfigError, match=r"^export=hf: \S+ is not what a plain bert has there") as caught:
+        HuggingFace().check(one.task, Anatomy.of(one.model))
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_that_a_config_has_no_words_for_are_refused_in_one_line(
+    setting: Callable[..., Any], tmp_path: Path, rows: Rows
+) -> None:
+    kept = saved(setting(), tmp_path / "model", Heads(keep=[1, 3, 2]))
+    with pytest.raises(ExportError, match=r"^export=hf: \S+ is not what a plain bert has there") as caught:
+        export(HuggingFace(), kept.folder, tmp_path / "hf", rows)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"model"}
+    assert artifact.load(kept.folder)

@@ -1,0 +1,106 @@
+"""8 bits everywhere, in the nodes that ONNX Runtime makes one kernel of; our codes where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported import IN, OUT, answered, integers, lowered, rows, saved
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from niwaki import artifact  # noqa: E402
+from niwaki.compression.quantize.int8 import Int8  # noqa: E402
+from niwaki.compression.quantize.integers import to_codes  # noqa: E402
+from niwaki.errors import ConfigError  # noqa: E402
+from niwaki.export.onnx import FILE  # noqa: E402
+from niwaki.export.onnx_int8 import OnnxInt8  # noqa: E402
+from niwaki.weights import packed  # noqa: E402
+
+
+def test_one_scale_and_one_zero_point_serve_the_whole_input() -> None:
+    """Worked out in numpy as ONNX defines DynamicQuantizeLinear: 255 steps from the least to the largest, 0 on one."""
+    linear, values = integers(8, None, 8), rows()
+    x = values.numpy()
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    step = np.float32(high - low) / np.float32(255)
+    point = int(np.clip(np.rint(-low / step), 0, 255))
+    codes = np.clip(np.rint(x / step) + point, 0, 255).astype(np.int64)
+    sums = (codes - point).reshape(-1, IN) @ linear.integers().numpy().astype(np.int64).T
+    bias: Any = linear.bias
+    expected = sums * step * linear.scale[:, 0].numpy() + bias.detach().numpy()
+    (found,) = answered(lowered(linear, kernels="dynamic"), values)
+    np.testing.assert_allclose(found.reshape(-1, OUT), expected, rtol=1e-4, atol=float(np.abs(expected).max()) * 1e-5)
+
+
+def test_a_zero_point_of_the_weights_is_taken_off_too() -> None:
+    linear, values = integers(8, None, 8), rows()
+    (without,) = answered(lowered(linear, kernels="dynamic"), values)
+    shifted = integers(8, None, 8)
+    shifted.codes = (linear.codes.clamp(-100, 100) + 20).to(torch.int8)
+    shifted.scale, shifted.bias = linear.scale, linear.bias
+    linear.codes = linear.codes.clamp(-100, 100)
+    shifted.zero = torch.full((OUT, 1), 20)
+    (without,) = answered(lowered(linear, kernels="dynamic"), values)
+    (found,) = answered(lowered(shifted, kernels="dynamic"), values)
+    np.testing.assert_allclose(found, without, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm")])
+def test_everything_large_is_8_bits_and_there_once(
+    setting: Callable[..., Any], tmp_path: Path, family: str, task: str
+) -> None:
+    one = setting(family, task)
+    if (bias := one.model.get_output_embeddings().bias) is not None:
+        torch.nn.init.normal_(bias)
+    kept = saved(one, tmp_path / "model", *([Int8()] if family == "bert" else []))
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "int8").mkdir()
+    export = OnnxInt8()
+    export.write(artifact.load(kept.folder), batch, tmp_path / "int8")
+    held = {tensor.name: tensor for tensor in onnx.load(tmp_path / "int8" / FILE).graph.initializer}
+    for name, module in packed(kept.model):
+        codes = onnx.numpy_helper.to_array(held[f"{name}.codes"])
+        assert np.array_equal(codes.T, module.integers().numpy())  # type: ignore[operator]
+    table = kept.model.get_input_embeddings().weight.detach()
+    codes, scale = to_codes(table, 8)
+    assert np.array_equal(onnx.numpy_helper.to_array(held["embeddings.codes"]), codes.numpy().astype(np.int8))
+    assert np.array_equal(onnx.numpy_helper.to_array(held["embeddings.scale"]), scale.numpy())
+    tied = kept.model.get_output_embeddings().weight is kept.model.get_input_embeddings().weight
+    same = [name for name, tensor in held.items() if sorted(tensor.dims) == sorted(table.shape)]
+    assert len(same) == (1 if tied else 2)
+    blocks = [name for name in held if name.endswith(".codes") and ".layer" in name]
+    assert len(blocks) == len(setting(family, task).context().anatomy.linears())
+    floats = [t.dims for t in held.values() if t.data_type == 1 and len(t.dims) == 2 and min(t.dims) > 8]
+    assert len(floats) <= 2  # positions, and what lies before the head of a masked language model
+    runner = export.runner(tmp_path / "int8")
+    ours, theirs = kept.model(**batch).logits.detach(), runner(**batch).logits
+    seen = batch["attention_mask"].bool()
+    off = float((ours - theirs)[seen].abs().max())
+    assert 0 < off < 0.1 * float(ours.abs().max())
+    assert export.bound(kept.model) is None
+    assert export.loss_allowed(kept.model) == 0.01
+
+
+def test_onnx_runtime_makes_one_kernel_of_them(tmp_path: Path) -> None:
+    """What the exported nodes are chosen for."""
+    linear = integers(8, None, 8)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    import onnx_ir as ir
+
+    onnxruntime.InferenceSession(
+        ir.serde.serialize_model(lowered(linear, kernels="dynamic")).SerializeToString(), options
+    )
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds == ["DynamicQuantizeMatMul"]
+
+
+def test_a_tolerance_below_zero() -> None:
+    with pytest.raises(ConfigError, match=r"^export\.onnx_int8\.tolerance=-1\.0: needs a number of at least 0$"):
+        OnnxInt8(tolerance=-1.0)

@@ -1,0 +1,98 @@
+"""A program of torch says what the artifact says, without the model's code, for any number of rows and tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import IN, by_hand, integers, saved, widened
+
+from niwaki import artifact
+from niwaki.compression.quantize.int8 import Int8
+from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.compression.quantize.qat import QAT
+from niwaki.errors import ConfigError
+from niwaki.export.torch import COMPILERS, FILE, TorchExport, TracedIntegers
+from niwaki.model.anatomy import Anatomy
+
+
+def made(setting: Callable[..., Any], folder: Path, family: str, task: str, *stages: Any, **settings: Any) -> Any:
+    """The artifact, a batch, and the runner of its program."""
+    one = setting(family, task)
+    kept = saved(one, folder / "model", *stages)
+    batch = one.task.inputs(one.batch())
+    (folder / "torch").mkdir()
+    export = TorchExport(**settings)
+    export.check(one.task, Anatomy.of(one.model))
+    facts = export.write(artifact.load(kept.folder), batch, folder / "torch")
+    (folder / "torch" / "export.json").write_text(json.dumps(facts))
+    return kept, batch, export.runner(folder / "torch")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "stages"),
+    [
+        ("bert", "classification", [Int8()]),
+        ("llama", "causal_lm", [QAT(bits=4, group=16, activation_bits=8)]),
+        ("bert", "ner", []),
+    ],
+)
+def test_it_says_what_the_artifact_says(
+    setting: Callable[..., Any], tmp_path: Path, family: str, task: str, stages: list[Any]
+) -> None:
+    kept, batch, runner = made(setting, tmp_path, family, task, *stages)
+    for inputs in (batch, {name: tensor[-1:, :5] for name, tensor in batch.items()}):
+        seen = inputs["attention_mask"].bool() if task != "classification" else ...
+        ours, theirs = kept.model(**inputs).logits.detach(), runner(**inputs).logits.detach()
+        torch.testing.assert_close(theirs[seen], ours[seen], rtol=0, atol=1e-5 * max(1.0, float(ours.abs().max())))
+    assert runner.runtime == f"torch.export {torch.__version__}"
+    with zipfile.ZipFile(tmp_path / "torch" / FILE) as archive:
+        text = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".json"))
+    assert b"site-packages" not in text
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8, 4])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 8), (2, None)])
+def test_each_product_is_that_of_the_linear(bits: int, group: int | None, activation_bits: int | None) -> None:
+    linear = IntegerLinear(
+        16, 6, bits=bits, group=group, activation_bits=activation_bits, bias=torch.nn.Parameter(torch.randn(6))
+    )
+    top = 2 ** (bits - 1) - 1
+    linear.store(torch.randint(-top, top + 1, (6, 16), dtype=torch.int8), torch.rand(6, 16 // (group or 16)))
+    values = torch.randn(20, 3, 16)
+    values[0, 0] = 0.0
+    torch.testing.assert_close(TracedIntegers(linear)(values), linear(values), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("parts", [("whole",), ("real", "factor"), ("factor", "input_scale")])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("group", [None, 16])
+def test_what_else_a_linear_may_hold(group: int | None, activation_bits: int | None, parts: tuple[str, ...]) -> None:
+    linear, values = widened(integers(4, group, activation_bits), *parts), torch.randn(6, 5, IN)
+    expected = by_hand(linear, values)
+    found = TracedIntegers(linear)(values).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
+
+
+def test_a_compiler_that_is_not_there_is_named_before_the_fit(
+    setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setting()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    TorchExport().check(one.task, Anatomy.of(one.model))
+    with pytest.raises(ConfigError, match=r"^export\.torch\.compile=true: needs a C\+\+ compiler"):
+        TorchExport(compile=True).check(one.task, Anatomy.of(one.model))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
+def test_compiled_it_says_the_same(setting: Callable[..., Any], tmp_path: Path) -> None:
+    kept, batch, runner = made(setting, tmp_path, "bert", "classification", Int8(), compile=True)
+    ours = kept.model(**batch).logits.detach()
+    torch.testing.assert_close(runner(**batch).logits.detach(), ours, rtol=0, atol=1e-3)
+    assert runner.runtime == f"AOTInductor {torch.__version__}"
