@@ -7,7 +7,7 @@ token, with a scale drawn from the token itself, or all with one scale that was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -133,13 +133,10 @@ def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, 
             linear.register_forward_pre_hook(RoundActivations(activation_bits))
 
 
-def to_integers(
-    model: nn.Module, context: Context, layout: Layout, activation_bits: int | None, names: Sequence[str] | None = None
-) -> list[Edit]:
-    """Replace folded targets, all or those of these names, by IntegerLinears with the codes that their grids
-    recorded."""
-    names = list(context.targets) if names is None else list(names)
-    records = {name: context.records[name] for name in names}
+def to_integers(model: nn.Module, context: Context, layout: Layout, activation_bits: int | None) -> list[Edit]:
+    """Replace the folded targets that have been on a grid by IntegerLinears with the codes that it recorded."""
+    records = {name: found for name, found in context.records.items() if "codes" in found}
+    names = [name for name in context.targets if name in records]
     edit = UseIntegers(
         modules=names, bits=layout.bits, group=layout.group, activation_bits=activation_bits, zero=layout.zero,
         factored=[name for name, record in records.items() if "factor" in record],

@@ -62,8 +62,7 @@ class PostTraining(Stage):
         """The integers of a weight (out, in), as the links below leave it."""
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        names = [name for name in context.targets if "codes" in context.records.get(name, {})]
-        return to_integers(model, context, self.layout, self.activation_bits, names)
+        return to_integers(model, context, self.layout, self.activation_bits)
 
     @property
     def activation_bits(self) -> int | None:

@@ -8,6 +8,7 @@ from typing import ClassVar, get_args
 
 from torch import nn
 
+from niwaki.compression.prune.targets import Targets, check_targets, chosen
 from niwaki.compression.quantize.integers import put_on_grid, to_integers
 from niwaki.compression.quantize.layout import Layout, check_bits
 from niwaki.compression.quantize.trained import EnterGrid, GridSchedule, InputScale, TrainedGrid, WeightScale
@@ -28,7 +29,8 @@ class QAT(Stage):
     last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact,
     one learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
     through it. `begin`: the fraction of the fit after which it runs through the grid. `freeze`: the one from which
-    scales stay as they are; null: never.
+    scales stay as they are; null: never. `targets`: a regular expression on the whole name of a linear, or a list of
+    the parts that they play; null for all linears of the blocks.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZE
@@ -43,9 +45,11 @@ class QAT(Stage):
     activation_scale: InputScale = "token"
     begin: float = 0.0
     freeze: float | None = None
+    targets: Targets = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, self.group, "compression.qat")
+        check_targets(self.targets, "compression.qat")
         if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
             raise ConfigError(
                 f"compression.qat.activation_bits={self.activation_bits}: needs null or a whole number from 2 to 8"
@@ -87,15 +91,20 @@ class QAT(Stage):
         return f"compression.qat.{given[0]}: needs a fit; trainer.max_epochs=0 has none"
 
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
-        self.layout.check(targets, "compression.qat")
+        self.layout.check(self._linears(anatomy, targets), "compression.qat")
+
+    def _linears(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+        """Those that go onto the grid."""
+        return chosen(self.targets, "compression.qat", anatomy, targets)
 
     def prepare(self, model: nn.Module, context: Context) -> Effects:
+        linears = self._linears(context.anatomy, context.targets)
         if self._plain:
-            put_on_grid(context.targets, self.bits, self.group, self.activation_bits)
+            put_on_grid(linears, self.bits, self.group, self.activation_bits)
             return Effects()
         begin = round(self.begin * context.steps)
         hold = None if self.freeze is None else max(round(self.freeze * context.steps), begin + 1)
-        grids = {linear: self._stack(linear, begun=begin == 0) for linear in context.targets.values()}
+        grids = {linear: self._stack(linear, begun=begin == 0) for linear in linears.values()}
         return Effects(callbacks=[GridSchedule(grids, begin=begin, hold=hold)], settled=begin)
 
     def _stack(self, linear: nn.Linear, *, begun: bool) -> TrainedGrid:
