@@ -102,6 +102,23 @@ def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
     return records
 
 
+OF_OUTPUTS, OF_INPUTS, OF_ALL = ("scale", "zero"), ("factor",), ("input_scale",)  # records that are not (out, in)
+
+
+def cut_record(
+    record: Mapping[str, Tensor], *, outputs: Tensor | None = None, inputs: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the links of a linear recorded, for the outputs or the inputs of these numbers alone."""
+    found = {}
+    for name, value in record.items():
+        if outputs is not None and name not in (*OF_INPUTS, *OF_ALL):
+            value = value[outputs]
+        if inputs is not None and name not in (*OF_OUTPUTS, *OF_ALL):
+            value = value[..., inputs]
+        found[name] = value
+    return found
+
+
 def shared_parameters(model: nn.Module) -> set[int]:
     """Identities of the parameters that more than one module owns (tied weights)."""
     owners: dict[int, int] = {}

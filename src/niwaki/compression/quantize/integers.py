@@ -133,14 +133,17 @@ def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, 
             linear.register_forward_pre_hook(RoundActivations(activation_bits))
 
 
-def to_integers(model: nn.Module, context: Context, layout: Layout, activation_bits: int | None) -> list[Edit]:
-    """Replace the folded targets that have been on a grid by IntegerLinears with the codes that it recorded."""
+def to_integers(
+    model: nn.Module, context: Context, layout: Layout, activation_bits: int | None, *, nearest: bool = True
+) -> list[Edit]:
+    """Replace the folded targets that have been on a grid by IntegerLinears with the codes that it recorded.
+    `nearest`: they are those nearest to the weight, so that shared values tell them."""
     records = {name: found for name, found in context.records.items() if "codes" in found}
     names = [name for name in context.targets if name in records]
     edit = UseIntegers(
         modules=names, bits=layout.bits, group=layout.group, activation_bits=activation_bits, zero=layout.zero,
         factored=[name for name, record in records.items() if "factor" in record],
-        one_scale=[name for name, record in records.items() if "input_scale" in record],
+        one_scale=[name for name, record in records.items() if "input_scale" in record], of_shared=nearest,
     )  # fmt: skip
     edit.apply(model)
     for name, record in records.items():
@@ -164,7 +167,7 @@ def unpack(packed: Tensor, layout: Layout, shape: tuple[int, int]) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class UseIntegers(Edit):
     """Linears become IntegerLinears of one layout. One that is stored in another way already (shared values) stays
-    stored so, and its codes are made when they are needed."""
+    stored so, where they tell its codes, which are then made when they are needed."""
 
     carried: ClassVar[bool] = False  # another training starts from dense weights
 
@@ -175,14 +178,16 @@ class UseIntegers(Edit):
     zero: Zero = "none"
     factored: list[str] = field(default_factory=list)  # those whose input is multiplied by a factor for each channel
     one_scale: list[str] = field(default_factory=list)  # those whose activations all have one scale
+    of_shared: bool = True  # whether linears of shared values stay so
 
     def apply(self, model: nn.Module) -> None:
         for name in self.modules:
             linear: Any = model.get_submodule(name)
+            shared = linear if self.of_shared and isinstance(linear, Packed) else None
             integer = IntegerLinear(
                 linear.in_features, linear.out_features, bits=self.bits, group=self.group, zero=self.zero,
                 activation_bits=self.activation_bits, bias=linear.bias, factored=name in self.factored,
-                one_scale=name in self.one_scale, shared=linear if isinstance(linear, Packed) else None,
+                one_scale=name in self.one_scale, shared=shared,
             )  # fmt: skip
             integer.dense = getattr(linear, "dense", type(linear))
             replace_module(model, name, integer)
@@ -259,7 +264,8 @@ class IntegerLinear(Packed):
             present = getattr(self, name)
             assert (given is None) == (present is None), name
             if given is not None:
-                setattr(self, name, given.to(device, present.dtype))
+                # Linears that read the same may share what they were given, which a file would hold but once.
+                setattr(self, name, given.to(device, present.dtype, copy=True))
         self._operand = None
         if self.shared is None:
             self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.layout)).to(device)
