@@ -262,7 +262,8 @@ class IntegerLinear(Packed):
             present = getattr(self, name)
             assert (given is None) == (present is None), name
             if given is not None:
-                setattr(self, name, given.to(device, present.dtype))
+                # a copy: linears that read the same were given one tensor, and a file holds a shared one once
+                setattr(self, name, given.to(device, present.dtype, copy=True))
         self._operand = None
         if self.shared is None:
             self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.layout)).to(device)
