@@ -6,7 +6,7 @@ W_effective = quantize( share( prune( W + delta_tuning ) ) )
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +100,20 @@ def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
             linear.weight.add_(0.0)
     return records
+
+
+def cut_record(
+    record: Mapping[str, Tensor], *, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """What links left behind of a linear, as it will be with these outputs or these inputs alone: (out, in) and scales
+    and zeros (out, 1), the factors (in,) of what enters it, and a scale () of all of that."""
+    found = dict(record)
+    for name, tensor in found.items():
+        if rows is not None and tensor.dim() == 2:
+            found[name] = tensor[list(rows)]
+        if columns is not None and name not in ("scale", "zero", "input_scale"):
+            found[name] = tensor[..., list(columns)]
+    return found
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

@@ -289,6 +289,10 @@ RUNS = {
         "compression.heads.ratio=0.5", "compression.heads.schedule=cubic", "compression.heads.interval=1",
         "compression.heads.importance=taylor",
     ],
+    "cut_bert": [
+        "compression=[prune/neurons,quantize/smoothquant]", "compression.neurons.ratio=0.25",
+        "compression.neurons.schedule=cubic", "compression.neurons.interval=1",
+    ],
     "merged": ["compression=[prune/magnitude,quantize/awq]", "tuning=lora", "compression.magnitude.sparsity=0.5"],
     "norms": ["compression=[quantize/awq]", "tuning=layernorm", "optimizer.lr=0.1"],
 }  # fmt: skip
@@ -298,14 +302,18 @@ RUNS = {
 def test_runs(name: str, tmp_path: Path) -> None:
     """Units that are cut after the fit, adapters that are merged below a mask, norms that have learned: what is folded,
     saved and loaded in another process says what the chains said."""
-    method = "smoothquant" if name == "cut" else "awq"
-    path = write_rows(tmp_path)["causal_lm"]
-    folder = live(recipe_of("causal_lm", path, *RUNS[name], f"compression.{method}.rows=8"), tmp_path / "run")
-    found = dict(packed(artifact.load(folder).model))
-    assert len(found) == 21
-    assert not [each for each, module in found.items() if module.factor is not None]  # type: ignore[attr-defined]
-    if name == "cut":
-        assert [module.in_features for each, module in found.items() if each.endswith("down_proj")] == [48] * 3
+    method = "smoothquant" if name.startswith("cut") else "awq"
+    task = "classification" if name == "cut_bert" else "causal_lm"
+    path = write_rows(tmp_path)[task]
+    folder = live(recipe_of(task, path, *RUNS[name], f"compression.{method}.rows=8"), tmp_path / "run")
+    found: dict[str, Any] = dict(packed(artifact.load(folder).model))
+    kept = {each: module.factor for each, module in found.items() if module.factor is not None}
+    assert len(found) == (18 if name == "cut_bert" else 21)
+    assert len(kept) == (15 if name == "cut_bert" else 0)
+    if name.startswith("cut"):
+        ends = [each for each in found if each.endswith(("down_proj", ".output.dense")) and "attention" not in each]
+        assert [found[each].in_features for each in ends] == [48] * 3
+        assert all(len(factor) == found[each].in_features for each, factor in kept.items())
     if name == "merged":
         assert all(float((module.dequantized() == 0).float().mean()) >= 0.5 for module in found.values())
     check_in_a_fresh_process([folder])

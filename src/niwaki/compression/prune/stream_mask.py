@@ -12,6 +12,7 @@ from torch.func import functional_call
 from niwaki.compression.prune.hard_concrete import open_probability, sample, settled
 from niwaki.model.stream import Stream
 from niwaki.stage import Context
+from niwaki.weights import cut_record
 
 STREAM_MASK = "cofi_stream_mask"  # child of the model, during the fit
 SPREAD = 0.01
@@ -131,10 +132,8 @@ def add_stream_mask(model: nn.Module, stream: Stream | None, seed: int) -> Strea
 
 
 def cut_stream_records(context: Context, stream: Stream, kept: Sequence[int]) -> None:
-    """Cut what the links left behind at the fold as the linears will be: masks and codes (out, in), scales (out, 1)."""
-    channels = torch.tensor(kept)
+    """Cut what the links left behind at the fold as the linears will be."""
     for name in stream.writers:
-        context.records[name] = {k: v[channels] for k, v in context.records.get(name, {}).items()}
+        context.records[name] = cut_record(context.records.get(name, {}), rows=kept)
     for name in stream.readers:
-        record = context.records.get(name, {})
-        context.records[name] = {k: v if k == "scale" else v[:, channels] for k, v in record.items()}
+        context.records[name] = cut_record(context.records.get(name, {}), columns=kept)

@@ -18,6 +18,7 @@ from niwaki.model.anatomy import Anatomy
 from niwaki.model.cut_units import CutUnits, cut_all, tell_config
 from niwaki.model.units import Kind, Units, units_of
 from niwaki.stage import Context, Effects, Phase, Stage, Tuning
+from niwaki.weights import cut_record
 
 ROWS = 256  # of calibration, where the setting is null
 Keep = int | Sequence[int | Sequence[int]] | None
@@ -302,14 +303,12 @@ def told(found: Sequence[Units], kept: Sequence[Sequence[int]]) -> dict[str, Any
 
 
 def cut_records(context: Context, found: Sequence[Units], kept: Sequence[Sequence[int]]) -> None:
-    """Cut what the links left behind at the fold as the linears will be: masks and codes (out, in), scales (out, 1)."""
+    """Cut what the links left behind at the fold as the linears will be."""
     for units, its in zip(found, kept, strict=True):
         for name in units.rows:
-            rows = torch.tensor(units.row_indices(name, its))
-            context.records[name] = {k: v[rows] for k, v in context.records.get(name, {}).items()}
-        columns = torch.tensor(units.column_indices(its))
-        record = context.records.get(units.output, {})
-        context.records[units.output] = {k: v if k == "scale" else v[:, columns] for k, v in record.items()}
+            context.records[name] = cut_record(context.records.get(name, {}), rows=units.row_indices(name, its))
+        output = context.records.get(units.output, {})
+        context.records[units.output] = cut_record(output, columns=units.column_indices(its))
 
 
 def well_formed(keep: Keep) -> bool:
