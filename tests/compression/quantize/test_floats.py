@@ -81,7 +81,7 @@ def test_what_is_saved(name: str, family: str, task: str, setting: Callable[...,
     kept = {each: linear.bias for each, linear in biases.items()}
     fresh = saved(one, tmp_path / "model", stage)
     stored, forms = storage.parts(artifact.weights_of(tmp_path / "model"))
-    assert not forms
+    assert not [each for each in forms if each.endswith(".floats")]
     found = {each: module for each, module in packed(fresh.model) if isinstance(module, FloatLinear)}
     assert len(found) == len(weights) if name != "some" else 0 < len(found) < len(weights)
     for each, module in found.items():
@@ -146,7 +146,7 @@ def test_another_type_of_the_model_leaves_what_is_stored(dtype: str) -> None:
     before = linear.dequantized()
     linear.to(torch.bfloat16).to(torch.float16).float()
     assert linear.floats.dtype is TYPES[dtype]
-    torch.testing.assert_close(linear.dequantized(), before, rtol=2**-7, atol=0.0)  # the scales are the model's
+    assert torch.equal(linear.dequantized(), before)
     assert linear.to(torch.bfloat16)(torch.randn(2, 48, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 

@@ -189,10 +189,12 @@ class FloatLinear(Packed):
         self.scale = None if scale is None else scale.to(self.floats.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        floats = self.floats
+        before = {name: tensor for name, tensor in self.named_buffers() if tensor is not None}
         moved = super()._apply(fn, recurse)
-        if self.floats.dtype is not floats.dtype:  # a change of the model's type is not one of what is stored
-            self.floats = floats.to(self.floats.device)
+        for name, tensor in before.items():
+            after: Tensor = getattr(self, name)
+            if after.dtype is not tensor.dtype:  # a change of the model's type is not one of what is stored
+                setattr(self, name, tensor.to(after.device))
         return moved
 
     def dequantized(self) -> Tensor:
@@ -215,7 +217,7 @@ class FloatLinear(Packed):
         """The product of floats (tokens, in) with scales (tokens, 1), without the bias, summed up in fp32 and then of
         `dtype`. (tokens, out)."""
         assert self.scale is not None
-        return torch._scaled_mm(floats, self.floats.t(), scale, self.scale.float().t().contiguous(), out_dtype=dtype)
+        return torch._scaled_mm(floats, self.floats.t(), scale, self.scale.t().contiguous(), out_dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, dtype={self.floats.dtype}"
