@@ -6,7 +6,7 @@ W_effective = quantize( share( prune( W + delta_tuning ) ) )
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -102,20 +102,17 @@ def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
     return records
 
 
-OF_OUTPUTS, OF_INPUTS, OF_ALL = ("scale", "zero"), ("factor",), ("input_scale",)  # records that are not (out, in)
-
-
 def cut_record(
-    record: Mapping[str, Tensor], *, outputs: Tensor | None = None, inputs: Tensor | None = None
+    record: Mapping[str, Tensor], *, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """What the links of a linear recorded, for the outputs or the inputs of these numbers alone."""
-    found = {}
-    for name, value in record.items():
-        if outputs is not None and name not in (*OF_INPUTS, *OF_ALL):
-            value = value[outputs]
-        if inputs is not None and name not in (*OF_OUTPUTS, *OF_ALL):
-            value = value[..., inputs]
-        found[name] = value
+    """What links left behind of a linear, as it will be with these outputs or these inputs alone: (out, in) and scales
+    and zeros (out, 1), the factors (in,) of what enters it, and a scale () of all of that."""
+    found = dict(record)
+    for name, tensor in found.items():
+        if rows is not None and tensor.dim() == 2:
+            found[name] = tensor[list(rows)]
+        if columns is not None and name not in ("scale", "zero", "input_scale"):
+            found[name] = tensor[..., list(columns)]
     return found
 
 

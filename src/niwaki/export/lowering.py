@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from niwaki.compression.quantize.floats import FloatLinear
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
 from niwaki.compression.share.stored import CodebookLinear, unpack
 from niwaki.export.export import ExportError
@@ -25,6 +26,10 @@ MICROSOFT = "com.microsoft"
 TYPES_OF_2_BITS = 25  # the opset that brings them
 NARROW = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
+FLOATS = {
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN, torch.float8_e5m2: ir.DataType.FLOAT8E5M2,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}  # fmt: skip
 LEAST_BLOCK = 16  # of MatMulNBits, which takes powers of two from there
 BLOCK = 32  # where one scale serves a whole row
 
@@ -320,6 +325,34 @@ def block_product(module: IntegerLinear, values: Any, graph: Graph) -> Any:
     return with_bias(module, product, graph)
 
 
+def float_linear(module: FloatLinear, values: Any, graph: Graph) -> Any:
+    """FloatLinear.forward: the weight is stored as it is here, and becomes fp32 in the graph."""
+    if module.activations:
+        values = as_float8(values, graph)
+    weight = graph.once(lambda: widened(module, graph))
+    return with_bias(module, graph.node("MatMul", values, weight), graph)
+
+
+def widened(module: FloatLinear, graph: Graph) -> Any:
+    """floats * scale, (in, out)."""
+    kind = FLOATS[module.floats.dtype]
+    bits = module.floats.cpu().view(torch.uint8 if module.bits == 8 else torch.uint16).numpy()
+    floats = graph.constant(bits.view(kind.numpy()), kind, "floats")
+    weight = graph.node("Cast", floats, to=ir.DataType.FLOAT)
+    if module.scale is not None:
+        weight = graph.node("Mul", weight, graph.constant(module.scale.float(), name="scale"))
+    return graph.node("Transpose", weight, perm=[1, 0])
+
+
+def as_float8(values: Any, graph: Graph) -> Any:
+    """Values rounded to e4m3 floats, with a scale for each token."""
+    axes, largest = graph.constant(np.array([-1], dtype=np.int64)), graph.scalar(torch.finfo(torch.float8_e4m3fn).max)
+    scale = graph.node("Div", graph.node("ReduceMax", graph.node("Abs", values), axes, keepdims=1), largest)
+    scale = graph.node("Where", graph.node("Greater", scale, graph.scalar(0.0)), scale, graph.scalar(1.0))
+    floats = graph.node("Cast", graph.node("Div", values, scale), to=ir.DataType.FLOAT8E4M3FN)
+    return graph.node("Mul", graph.node("Cast", floats, to=ir.DataType.FLOAT), scale)
+
+
 def codebook_linear(module: CodebookLinear, values: Any, graph: Graph) -> Any:
     """A product with the values that are shared."""
     weight = graph.once(lambda: gathered(module, graph))
@@ -357,7 +390,8 @@ def with_bias(module: Packed, product: Any, graph: Graph) -> Any:
 
 Lowering = Callable[[Any, Any, Graph], Any]
 LOWERINGS: dict[type, Lowering] = {
-    IntegerLinear: integer_linear, CodebookLinear: codebook_linear, Table: table_rows, TiedHead: tied_head,
+    IntegerLinear: integer_linear, CodebookLinear: codebook_linear, FloatLinear: float_linear, Table: table_rows,
+    TiedHead: tied_head,
 }  # fmt: skip
 
 

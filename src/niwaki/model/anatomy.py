@@ -60,6 +60,21 @@ class Stack:
                 yield name
             seen = seen and played not in ("output", "feed_out")
 
+    def norm_before(self, linear: str) -> str | None:
+        """The norm of a block that stands before its sublayers whose output this linear of it reads; None for one that
+        reads something else: keys and values of cross attention read the encoder."""
+        attention = [self.attention_norm, self.cross_norm]
+        for name, played in self.linears.items():
+            parts = played.split()
+            if name == linear:
+                if "feed_in" in parts or "feed_gate" in parts:
+                    return self.feed_norm
+                crosses = len(attention) < 2 and "query" not in parts
+                return None if crosses or played in ("output", "feed_out") else attention[0]
+            if played == "output":
+                attention.pop(0)
+        raise AssertionError(f"{linear} is no linear of these blocks")
+
 
 def table_of_positions(config: Any) -> int | None:
     """As many positions as the config says; None where it sets no bound."""
@@ -231,6 +246,28 @@ class Anatomy:
         """The full names of what plays a part ("output", "feed_norm") in each block, in order: a norm, or a linear (or
         the layer that stands in place of it); of several linears with one part in a sublayer, the first."""
         return [f"{place}.{name}" for place, stack, block in self.named_blocks() for name in stack.named(part, block)]
+
+    def parts_of(self, name: str) -> list[str]:
+        """The parts that a linear of the blocks plays, in the order of its rows. `name`: its full name, or that of
+        what stands inside of it."""
+        _, stack, linear = self._place_of(name)
+        return stack.linears[linear].split()
+
+    def norm_before(self, name: str) -> str | None:
+        """The full name of the norm whose output a linear of the blocks reads; None where it reads something else, or
+        where the residual stream reads the same. `name`: as in `parts_of`."""
+        place, stack, linear = self._place_of(name)
+        norm = None if self.family.post_norm else stack.norm_before(linear)
+        return None if norm is None or not holds(self.model, f"{place}.{norm}") else f"{place}.{norm}"
+
+    def _place_of(self, name: str) -> tuple[str, Stack, str]:
+        """(full name of the block, its stack, name in the block) of the linear that stands, or holds what stands,
+        there."""
+        for place, stack, _ in self.named_blocks():
+            for linear in stack.linears:
+                if f"{name}.".startswith(f"{place}.{linear}."):
+                    return place, stack, linear
+        raise AssertionError(f"{name} is no linear of the blocks")
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of everything above the blocks: pooler and task head; a tied output layer counts as head."""

@@ -29,7 +29,7 @@ def uneven(count: int, width: int) -> Tensor:
 
 
 def quantized(linears: dict[str, nn.Linear], inputs: Tensor, context: Any, **fields: Any) -> dict[str, FixedGrid]:
-    stage = AWQ(**fields)
+    stage = AWQ(fold=False, **fields)
     statistic = stage.statistic(inputs[:30]) + stage.statistic(inputs[30:])
     with torch.no_grad():
         stage.quantize(linears, statistic, context)

@@ -14,7 +14,7 @@ from niwaki.weights import links
 
 
 def quantized(linears: dict[str, nn.Linear], inputs: Tensor, **fields: Any) -> Any:
-    stage = SmoothQuant(**fields)
+    stage = SmoothQuant(fold=False, **fields)
     statistic = stage.statistic(inputs[:10]) + stage.statistic(inputs[10:])
     with torch.no_grad():
         stage.quantize(linears, statistic, None)  # type: ignore[arg-type]

@@ -133,8 +133,7 @@ def add_stream_mask(model: nn.Module, stream: Stream | None, seed: int) -> Strea
 
 def cut_stream_records(context: Context, stream: Stream, kept: Sequence[int]) -> None:
     """Cut what the links left behind at the fold as the linears will be."""
-    channels = torch.tensor(kept)
     for name in stream.writers:
-        context.records[name] = cut_record(context.records.get(name, {}), outputs=channels)
+        context.records[name] = cut_record(context.records.get(name, {}), rows=kept)
     for name in stream.readers:
-        context.records[name] = cut_record(context.records.get(name, {}), inputs=channels)
+        context.records[name] = cut_record(context.records.get(name, {}), columns=kept)

@@ -306,10 +306,9 @@ def cut_records(context: Context, found: Sequence[Units], kept: Sequence[Sequenc
     """Cut what the links left behind at the fold as the linears will be."""
     for units, its in zip(found, kept, strict=True):
         for name in units.rows:
-            rows = torch.tensor(units.row_indices(name, its))
-            context.records[name] = cut_record(context.records.get(name, {}), outputs=rows)
-        columns = torch.tensor(units.column_indices(its))
-        context.records[units.output] = cut_record(context.records.get(units.output, {}), inputs=columns)
+            context.records[name] = cut_record(context.records.get(name, {}), rows=units.row_indices(name, its))
+        output = context.records.get(units.output, {})
+        context.records[units.output] = cut_record(output, columns=units.column_indices(its))
 
 
 def well_formed(keep: Keep) -> bool:

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from niwaki.compression.quantize.factors import Factored, Place
 from niwaki.compression.quantize.layout import Layout, values_of
-from niwaki.compression.quantize.post_training import CalibratedGrid, Grouped, nearest, with_codes
+from niwaki.compression.quantize.post_training import Grouped, nearest, with_codes
 from niwaki.errors import ConfigError
 from niwaki.stage import Context
 from niwaki.weights import stack
@@ -29,13 +30,13 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AWQ(Grouped, CalibratedGrid):
+class AWQ(Grouped, Factored):
     """Q(W diag(s)) diag(1/s) with s = mean|x|^a for each input channel, over sqrt(max s min s): of `steps` values of a
     from 0 up, below 1, the one with the least ||(Q - W) X||^2, for all linears together that read the same.
 
     `clip`: then the ends of each group's grid are drawn in, down to half, where that lowers the same error of the group
-    alone; not of queries and keys, as in the authors' code. They fold s into what comes before; here the input of each
-    linear is multiplied by 1/s, which is the same function in any model.
+    alone; not of queries and keys, as in the authors' code. The factors 1/s go into what comes before the linears, or
+    are multiplied with the input of each.
     """
 
     paper: ClassVar[str] = "Lin et al. 2023, arXiv:2306.00978"
@@ -51,27 +52,32 @@ class AWQ(Grouped, CalibratedGrid):
     def statistic(self, values: Tensor) -> Inputs:
         return Inputs(values.T @ values, values.abs().sum(0), torch.tensor(len(values), device=values.device))
 
-    def quantize(self, linears: Mapping[str, nn.Linear], statistic: Inputs, context: Context) -> None:
-        weights = {name: linear.weight.detach().float() for name, linear in linears.items()}
-        factor = 1 / self.best_scales(list(weights.values()), statistic)
+    def factor(self, linears: Mapping[str, nn.Linear], statistic: Inputs, place: Place | None) -> Tensor:
+        mean = (statistic.sizes / statistic.count).clamp(min=1e-4)
+        weights = [linear.weight.detach().float() for linear in linears.values()]
+        return 1 / self.best_scales(weights, mean if place is None else place.shared(mean, "mean"), statistic.gram)
+
+    def put(
+        self, linears: Mapping[str, nn.Linear], statistic: Inputs, factor: Tensor, context: Context, *,
+        at_run_time: bool,
+    ) -> None:  # fmt: skip
         gram = statistic.gram * factor[:, None] * factor
         compared = set(context.anatomy.part_names(("query", "key")))
         for name, linear in linears.items():
-            scaled = self.layout.grouped(weights[name] / factor)
+            scaled = self.layout.grouped(linear.weight.detach().float() / factor)
             clips = self.clip and name not in compared
             grid = drawn_in(scaled, gram, self.layout) if clips else self.layout.grid_of(scaled)
-            stack(linear, with_codes(linear.weight.shape, self.layout, scaled, *grid, factor=factor))
+            own = factor if at_run_time else None
+            stack(linear, with_codes(linear.weight.shape, self.layout, scaled, *grid, factor=own))
 
-    def best_scales(self, weights: list[Tensor], inputs: Inputs) -> Tensor:
-        """s of the least error, (in,)."""
-        mean = (inputs.sizes / inputs.count).clamp(min=1e-4)
+    def best_scales(self, weights: list[Tensor], mean: Tensor, gram: Tensor) -> Tensor:
+        """s of the least error, (in,), of the mean |x| of each input (in,) and X^T X."""
         best, least = torch.ones_like(mean), torch.inf
         for step in range(self.steps):
             scales = mean ** (step / self.steps)
             scales = scales / (scales.max() * scales.min()).sqrt()
             error = sum(
-                output_error(nearest(weight, self.layout, 1 / scales)(weight) - weight, inputs.gram)
-                for weight in weights
+                output_error(nearest(weight, self.layout, 1 / scales)(weight) - weight, gram) for weight in weights
             )
             if error < least:
                 best, least = scales, error

@@ -148,11 +148,14 @@ def equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def nearest(weight: Tensor, layout: Layout, factor: Tensor | None = None, **more: Any) -> FixedGrid:
+def nearest(
+    weight: Tensor, layout: Layout, factor: Tensor | None = None, *, at_run_time: bool = True, **more: Any
+) -> FixedGrid:
     """The grid that just holds a weight (out, in), and the nearest codes on it; with a `factor` (in,) for the input, of
-    the weight divided by it."""
+    the weight divided by it. `at_run_time`: the grid has the factor; else the input comes with it."""
     grouped = layout.grouped(weight if factor is None else weight / factor)
-    return with_codes(weight.shape, layout, grouped, *layout.grid_of(grouped), factor=factor, **more)
+    own = factor if at_run_time else None
+    return with_codes(weight.shape, layout, grouped, *layout.grid_of(grouped), factor=own, **more)
 
 
 def with_codes(

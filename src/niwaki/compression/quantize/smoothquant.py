@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from niwaki.compression.quantize.factors import Factored, Place
 from niwaki.compression.quantize.integers import RoundActivations
-from niwaki.compression.quantize.post_training import CalibratedGrid, nearest
+from niwaki.compression.quantize.post_training import nearest
 from niwaki.errors import ConfigError
 from niwaki.stage import Context
 from niwaki.weights import stack
@@ -27,11 +28,11 @@ class Largest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothQuant(CalibratedGrid):
+class SmoothQuant(Factored):
     """W diag(s) and X diag(1/s), with s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over all linears that read the same;
     then both are rounded to 8 bits, weights by output channel, activations by token.
 
-    The factors 1/s are multiplied with the input of each linear.
+    The factors 1/s go into what comes before the linears, or are multiplied with the input of each.
     """
 
     paper: ClassVar[str] = "Xiao et al. 2022, arXiv:2211.10438"
@@ -50,15 +51,24 @@ class SmoothQuant(CalibratedGrid):
     def statistic(self, values: Tensor) -> Largest:
         return Largest(values.abs().amax(0))
 
-    def quantize(self, linears: Mapping[str, nn.Linear], statistic: Largest, context: Context) -> None:
-        weights = [linear.weight.detach().float() for linear in linears.values()]
-        factor = 1 / smoothing(statistic.sizes, weights, self.alpha)
-        for linear, weight in zip(linears.values(), weights, strict=True):
-            stack(linear, nearest(weight, self.layout, factor))
-            linear.register_forward_pre_hook(RoundActivations(8, factor=factor))
+    def factor(self, linears: Mapping[str, nn.Linear], statistic: Largest, place: Place | None) -> Tensor:
+        sizes = statistic.sizes
+        largest = torch.stack([linear.weight.detach().float().abs().amax(0) for linear in linears.values()]).amax(0)
+        if place is not None:
+            sizes, largest = place.shared(sizes, "amax"), place.shared(largest, "amax")
+        return 1 / smoothing(sizes, largest, self.alpha)
+
+    def put(
+        self, linears: Mapping[str, nn.Linear], statistic: Largest, factor: Tensor, context: Context, *,
+        at_run_time: bool,
+    ) -> None:  # fmt: skip
+        own = factor if at_run_time else None
+        for linear in linears.values():
+            weight = linear.weight.detach().float()
+            stack(linear, nearest(weight, self.layout, factor, at_run_time=at_run_time))
+            linear.register_forward_pre_hook(RoundActivations(8, factor=own))
 
 
-def smoothing(sizes: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
-    """s, (in,), of the largest activations (in,) and of weights (out, in)."""
-    largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    return (sizes.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
+def smoothing(sizes: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """s, (in,), of the largest activations (in,) and the largest weights (in,)."""
+    return (sizes.clamp(min=1e-5) ** alpha / weights.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
