@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.quantize.factors import Factored, Place
+from niwaki.compression.quantize.factors import Factored
 from niwaki.compression.quantize.layout import Layout, values_of
 from niwaki.compression.quantize.post_training import Grouped, nearest, with_codes
 from niwaki.errors import ConfigError
@@ -52,10 +52,10 @@ class AWQ(Grouped, Factored):
     def statistic(self, values: Tensor) -> Inputs:
         return Inputs(values.T @ values, values.abs().sum(0), torch.tensor(len(values), device=values.device))
 
-    def factor(self, linears: Mapping[str, nn.Linear], statistic: Inputs, place: Place | None) -> Tensor:
+    def factor(self, linears: Mapping[str, nn.Linear], statistic: Inputs) -> Tensor:
         mean = (statistic.sizes / statistic.count).clamp(min=1e-4)
         weights = [linear.weight.detach().float() for linear in linears.values()]
-        return 1 / self.best_scales(weights, mean if place is None else place.shared(mean, "mean"), statistic.gram)
+        return 1 / self.best_scales(weights, mean, statistic.gram)
 
     def put(
         self, linears: Mapping[str, nn.Linear], statistic: Inputs, factor: Tensor, context: Context, *,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,11 @@ class Place:
     """What linears read, where it can be multiplied by their factor: a norm, or rows of a linear that is on its grid.
 
     `tensors`: (outputs, ...) each, which make the outputs larger by as much as they are themselves. `source`: (in,), by
-    input of the linears the output that it comes from; several may come from one (grouped heads), and share a factor.
+    input of the linears the output that it comes from, each from one of its own.
     """
 
     tensors: Sequence[Tensor]
     source: Tensor
-
-    def shared(self, values: Tensor, reduce: Literal["amax", "mean"]) -> Tensor:
-        """(in,) values of the inputs, those that come from one output brought together."""
-        gathered = values.new_zeros(len(self.tensors[0]))
-        return gathered.scatter_reduce(0, self.source, values, reduce, include_self=False)[self.source]
 
     @torch.no_grad()
     def multiply(self, factor: Tensor) -> None:
@@ -50,26 +45,25 @@ class Place:
 @dataclass(frozen=True, kw_only=True)
 class Factored(CalibratedGrid):
     """`fold`: factors of the inputs go into what comes before, wherever nothing else reads that, and cost nothing at
-    run time; else inputs are multiplied as they enter. Both are one function, up to the rounding of floats, except
-    that query heads which share a value head then share their factors too.
+    run time; else inputs are multiplied as they enter. Both are one function, up to the rounding of floats.
 
-    They go into norms, from values into the output of attention, and from the feed-forward's linear that an activation
-    lets through (the one that a gate multiplies; any behind ReLU).
+    They go into norms, from the output of attention into values, and into the feed-forward's linear that an activation
+    lets through (the one that a gate multiplies; any behind ReLU). Not into a value head of several query heads:
+    they would have to have one factor.
     """
 
     fold: bool = True
 
     def quantize(self, linears: Mapping[str, nn.Linear], statistic: Any, context: Context) -> None:
         place = place_before(context, linears) if self.fold else None
-        factor = self.factor(linears, statistic, place)
+        factor = self.factor(linears, statistic)
         self.put(linears, statistic, factor, context, at_run_time=place is None)
         if place is not None:
             place.multiply(factor)
 
     @abc.abstractmethod
-    def factor(self, linears: Mapping[str, nn.Linear], statistic: Any, place: Place | None) -> Tensor:
-        """What the inputs of linears that read the same are multiplied by, (in,); inputs that come from one output of
-        the `place` have one factor."""
+    def factor(self, linears: Mapping[str, nn.Linear], statistic: Any) -> Tensor:
+        """What the inputs of linears that read the same are multiplied by, (in,)."""
 
     @abc.abstractmethod
     def put(
@@ -117,7 +111,8 @@ def rows_before(anatomy: Anatomy, linear: nn.Linear, kind: Kind, parts: Sequence
                 start, width = units.count * sum(widths[:segment]), widths[segment]
                 inputs = torch.arange(linear.in_features, device=grid.scale.device)
                 source = start + inputs // units.columns * width + inputs % width
-                yield Place([grid.scale, *([] if before.bias is None else [before.bias])], source)
+                if len(source.unique()) == len(source):
+                    yield Place([grid.scale, *([] if before.bias is None else [before.bias])], source)
 
 
 def stands(context: Context, place: Place, linears: Iterable[nn.Linear]) -> bool:

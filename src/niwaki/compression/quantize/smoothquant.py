@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.quantize.factors import Factored, Place
+from niwaki.compression.quantize.factors import Factored
 from niwaki.compression.quantize.integers import RoundActivations
 from niwaki.compression.quantize.post_training import nearest
 from niwaki.errors import ConfigError
@@ -51,12 +51,9 @@ class SmoothQuant(Factored):
     def statistic(self, values: Tensor) -> Largest:
         return Largest(values.abs().amax(0))
 
-    def factor(self, linears: Mapping[str, nn.Linear], statistic: Largest, place: Place | None) -> Tensor:
-        sizes = statistic.sizes
+    def factor(self, linears: Mapping[str, nn.Linear], statistic: Largest) -> Tensor:
         largest = torch.stack([linear.weight.detach().float().abs().amax(0) for linear in linears.values()]).amax(0)
-        if place is not None:
-            sizes, largest = place.shared(sizes, "amax"), place.shared(largest, "amax")
-        return 1 / smoothing(sizes, largest, self.alpha)
+        return 1 / smoothing(statistic.sizes, largest, self.alpha)
 
     def put(
         self, linears: Mapping[str, nn.Linear], statistic: Largest, factor: Tensor, context: Context, *,
