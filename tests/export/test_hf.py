@@ -125,7 +125,8 @@ def test_where_inputs_were_rounded_torchao_gets_the_integers_alone(
     dense = export(HuggingFace(), kept.folder, tmp_path / "dense", rows)
     assert found["bound"] is None
     assert found["parity"] == pytest.approx(dense["parity"], rel=1e-2)
-    assert found["bytes"] < 0.6 * dense["bytes"]
+    weights = sum(linear.in_features * linear.out_features for _, linear in packed(kept.model))
+    assert found["bytes"] < dense["bytes"] - 2.2 * weights  # of 3 bytes that each saves; scales and names take some
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,12 @@ def tensor(module: Packed, name: str) -> Tensor:
 
 def card(model: nn.Module) -> Any:
     """What config.json says of the weights: how torchao would make such ones. They are read as they are."""
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, PerRow
     from transformers import TorchAoConfig
 
     first: Any = next(packed(model))[1]
     if first.zero is None:
-        return TorchAoConfig(Int8WeightOnlyConfig(group_size=first.group))
+        return TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(first.group) if first.group else PerRow()))
     granularity = PerGroup(first.group) if first.group else PerAxis(0)
     return TorchAoConfig(IntxWeightOnlyConfig(getattr(torch, f"int{first.bits}"), granularity))
 

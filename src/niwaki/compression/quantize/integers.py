@@ -274,7 +274,8 @@ class IntegerLinear(Packed):
             present = getattr(self, name)
             assert (given is None) == (present is None), name
             if given is not None:
-                setattr(self, name, given.to(device, present.dtype))
+                # a copy: linears with the same inputs are given one tensor, which a file would hold once
+                setattr(self, name, given.to(device, present.dtype, copy=True))
         self._operand = None
         if self.shared is None:
             self.codes = (codes if self.bits == 8 else pack(codes.cpu(), self.layout)).to(device)
