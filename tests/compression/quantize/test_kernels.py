@@ -13,7 +13,7 @@ from exported import by_hand, integers, rows, widened
 from lifecycle import begin, logits, recipe_of, write_rows
 
 from niwaki.compression.quantize import kernels
-from niwaki.compression.quantize.kernels import FLOAT_ORDER, PRODUCTS, IntegerProduct, agreement, integer_product
+from niwaki.compression.quantize.kernels import PRODUCTS, IntegerProduct, agreement, integer_product
 from niwaki.compression.quantize.layout import Layout
 from niwaki.export.export import rounds_inputs
 from niwaki.measure.report import kernel_line
@@ -142,7 +142,7 @@ def test_a_converted_model_says_what_its_chains_said(option: str, task: str, tmp
     off = (logits(work.model, inputs) - before).abs().amax(-1) / before.abs().max()
     bits = max((getattr(linear, "activation_bits", None) or 0 for linear in linears), default=0)
     assert rounds_inputs(work.model) == bool(bits)
-    assert float(off.median()) <= FLOAT_ORDER
+    assert float(off.median()) <= 5e-6  # 1e-7 as it is; 7e-5 at least where scales of inputs are 0.2% off
     assert float(off.max()) <= agreement(bits)
     names = {linear.kernel for linear in linears}
     whole = bits and not any(linear.group for linear in linears) and kernels.is_exact(PRODUCTS["cpu"])
