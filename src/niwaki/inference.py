@@ -171,6 +171,7 @@ def facts(saved: artifact.Artifact) -> dict[str, str]:
     """What an artifact is and holds, for people."""
     from niwaki.measure.report import number
     from niwaki.measure.size import count
+    from niwaki.weights import kernels
 
     counted = count(saved.model)
     size = artifact.weight_bytes(saved.folder)
@@ -182,6 +183,7 @@ def facts(saved: artifact.Artifact) -> dict[str, str]:
         "bytes": f"{size:,} ({number('bytes', size)})",
         "parameters": f"{counted['parameters']:,}, {counted['nonzero']:,} of them not zero",
         "sparsity": f"{1 - counted['nonzero'] / counted['parameters']:.4f}",
+        "products": ", ".join(f"{n} by {name}" for name, n in kernels(saved.model).items()) or "of dense weights",
     }
 
 

@@ -171,7 +171,7 @@ def numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a nested mapping under dotted names."""
     found: dict[str, float] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key not in ("targets", "per_class", "averages"):
+        if isinstance(value, Mapping) and key not in ("targets", "per_class", "averages", "kernels"):
             found |= numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{prefix}{key}"] = value

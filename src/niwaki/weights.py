@@ -6,6 +6,7 @@ W_effective = quantize( share( prune( W + delta_tuning ) ) )
 from __future__ import annotations
 
 import abc
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +32,11 @@ class Packed(nn.Module, abc.ABC):
     def zeros_without_code(self) -> int:
         """Weights that are zero and take no code."""
         return 0
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies its weight."""
+        return "fp32, dequantized"
 
     @abc.abstractmethod
     def dequantized(self) -> Tensor:
@@ -152,6 +158,11 @@ def packed(model: nn.Module, name: str = "") -> Iterator[tuple[str, Packed]]:
         return
     for child, module in model.named_children():
         yield from packed(module, f"{name}.{child}" if name else child)
+
+
+def kernels(model: nn.Module) -> dict[str, int]:
+    """The kernels that multiply packed weights where the model is now, and the number of linears of each."""
+    return dict(Counter(module.kernel for _, module in packed(model)).most_common())
 
 
 def to_dense(model: nn.Module) -> None:

@@ -16,14 +16,19 @@ from lifecycle import write_rows
 
 from niwaki import artifact, compose, pipeline
 from niwaki.compression.prune.heads import Heads
+from niwaki.compression.quantize.awq import AWQ
+from niwaki.compression.quantize.hqq import HQQ
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
+from niwaki.compression.quantize.weight_only import WeightOnly
+from niwaki.compression.share.codebook import CodebookSharing
 from niwaki.errors import ConfigError
 from niwaki.export.export import FLOAT_ORDER, ExportError
 from niwaki.export.exports import Rows, export
 from niwaki.export.hf import HuggingFace
 from niwaki.model.anatomy import Anatomy
 from niwaki.tuning.adapter import Houlsby
+from niwaki.weights import packed
 
 
 @pytest.fixture
@@ -57,6 +62,88 @@ def test_where_inputs_were_rounded_the_scores_count(setting: Callable[..., Any],
     with pytest.raises(ExportError, match=r"^export=hf: test accuracy is .*export\.hf\.tolerance=0\.01 allows no"):
         export(HuggingFace(), kept.folder, tmp_path / "other", replace(rows, scores={"accuracy": 1.0}))
     assert not (tmp_path / "other").exists()
+
+
+def loaded(folder: Path) -> Any:
+    """What transformers alone makes of an export."""
+    card = json.loads((folder / "export.json").read_text())
+    return getattr(transformers, card["class"]).from_pretrained(folder).eval()
+
+
+INTEGERS: dict[str, tuple[Any, str]] = {
+    "a scale per channel": (QAT(activation_bits=None), "Int8Tensor"),
+    "groups": (QAT(bits=4, group=16, activation_bits=None), "Int8Tensor"),
+    "groups and factors": (AWQ(bits=4, group=16), "Int8Tensor"),
+    "groups and whole zeros": (WeightOnly(bits=4, group=16, symmetric=False), "IntxUnpackedToInt8Tensor"),
+    "whole zeros": (WeightOnly(bits=8, group=None, symmetric=False), "IntxUnpackedToInt8Tensor"),
+    "real zeros": (HQQ(bits=3, group=16), "IntxUnpackedToInt8Tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_stay_integers_in_tensors_of_torchao(
+    kind: str, setting: Callable[..., Any], tmp_path: Path, rows: Rows
+) -> None:
+    """The codes and scales are ours, and nobody else draws any."""
+    stage, name = INTEGERS[kind]
+    kept = saved(setting(), tmp_path / "model", stage)
+    found = export(HuggingFace(weights="torchao"), kept.folder, tmp_path / "hf", rows)
+    assert found["parity"] <= found["bound"] == FLOAT_ORDER
+    model = loaded(tmp_path / "hf")
+    linears = dict(packed(kept.model))
+    assert len(linears) == 18
+    for where, linear in linears.items():
+        weight = model.get_submodule(where).weight
+        assert type(weight).__name__ == name
+        assert torch.equal(weight.qdata, linear.integers())
+        assert torch.equal(weight.scale, linear.scale)
+    inputs = rows.corpus.task.inputs(rows.corpus.samples("test", 3, 1)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, kept.model(**inputs).logits, rtol=0, atol=1e-6)
+
+
+def test_a_language_model_of_integers_writes_on(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting("llama", "causal_lm")
+    kept = saved(one, tmp_path / "model", QAT(activation_bits=None))
+    (tmp_path / "hf").mkdir()
+    card = HuggingFace(weights="torchao").write(artifact.load(kept.folder), {}, tmp_path / "hf")
+    model = getattr(transformers, card["class"]).from_pretrained(tmp_path / "hf").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, kept.model(ids).logits, rtol=0, atol=1e-6)
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=4, do_sample=False),
+            kept.model.generate(ids, max_new_tokens=4, do_sample=False),
+        )
+
+
+def test_where_inputs_were_rounded_torchao_gets_the_integers_alone(
+    setting: Callable[..., Any], tmp_path: Path, rows: Rows
+) -> None:
+    kept = saved(setting(), tmp_path / "model", Int8())
+    found = export(HuggingFace(weights="torchao"), kept.folder, tmp_path / "hf", rows)
+    dense = export(HuggingFace(), kept.folder, tmp_path / "dense", rows)
+    assert found["bound"] is None
+    assert found["parity"] == pytest.approx(dense["parity"], rel=1e-2)
+    weights = sum(linear.in_features * linear.out_features for _, linear in packed(kept.model))
+    assert found["bytes"] < dense["bytes"] - 2.2 * weights  # of 3 bytes that each saves; scales and names take some
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "why"),
+    [("bert", None, "no linear is on a grid of integers; leave it dense"),
+     ("bert", CodebookSharing(), r"\S+ holds codebook, and torchao integers"),
+     ("bert", AWQ(bits=4, group=16, symmetric=False), r"\S+ has zeros and a factor for each input"),
+     ("gpt2", Int8(), r"\S+ is no nn\.Linear in transformers")],
+)  # fmt: skip
+def test_what_torchao_has_no_tensor_for_is_refused_in_one_line(
+    family: str, stage: Any, why: str, setting: Callable[..., Any], tmp_path: Path
+) -> None:
+    task = "causal_lm" if family == "gpt2" else "classification"
+    kept = saved(setting(family, task), tmp_path / "model", *([stage] if stage else []))
+    with pytest.raises(ExportError, match=rf"^weights=torchao: {why}") as caught:
+        HuggingFace(weights="torchao").write(kept, {}, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_that_a_plain_model_lacks_are_refused_before_the_fit(setting: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from niwaki.compression.quantize.kernels import FLIPPED, FLOAT_ORDER
 from niwaki.errors import ConfigError, UserError
 from niwaki.naming import option_name
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from niwaki.export.runner import Runner
     from niwaki.model.anatomy import Anatomy
     from niwaki.task.task import Task
-
-FLOAT_ORDER = 1e-4  # off by, where sums are taken in another order: of the largest logit where that is above 1
-FLIPPED = 0.05  # where such a sum decides how an activation is rounded, which then moves by a whole code
 
 
 class ExportError(UserError):

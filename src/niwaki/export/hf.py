@@ -1,5 +1,5 @@
-"""A plain folder of Hugging Face's transformers: dense weights that `from_pretrained` reads (Wolf et al. 2020,
-arXiv:1910.03771)."""
+"""A folder of Hugging Face's transformers that `from_pretrained` reads: dense weights, or integers of torchao (Wolf et
+al. 2020, arXiv:1910.03771)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 class HuggingFace(Export):
     """Zeros as zeros, integers as the weights that they stand for, adapters merged; no input is rounded any more.
 
+    `weights`: dense; torchao keeps the codes and scales of integers, in memory too, and needs torchao to be read.
     `tolerance`: how much of the test metric may be lost where the artifact rounds inputs; else the logits are its own.
     """
 
     paper: ClassVar[str] = "Wolf et al. 2020, arXiv:1910.03771"
 
+    weights: Literal["dense", "torchao"] = "dense"
     tolerance: float = 0.01
 
     def __post_init__(self) -> None:
@@ -50,12 +52,17 @@ class HuggingFace(Export):
 
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
         from niwaki import artifact, plain
+        from niwaki.export import torchao
         from niwaki.model.load import auto_class
 
-        merged = artifact.merge(saved)
-        plain.refuse_foreign(merged, "")
-        plain.write(merged, folder)
-        return {"class": auto_class(saved.task, merged.model.config).__name__, "inputs": list(example)}
+        card = {"class": auto_class(saved.task, saved.model.config).__name__, "inputs": list(example)}
+        if self.weights == "torchao":
+            torchao.write(saved, folder)
+        else:
+            merged = artifact.merge(saved)
+            plain.refuse_foreign(merged, "")
+            plain.write(merged, folder)
+        return card
 
     def runner(self, folder: Path) -> Runner:
         import transformers

@@ -281,6 +281,11 @@ def _class_row(name: str, scores: Mapping[str, Any]) -> list[str]:
     return [name, *shown, f"{scores['support']:,.0f}"]
 
 
+def kernel_line(kernels: Mapping[str, int]) -> str:
+    """What multiplies the packed weights of the artifact, in one line."""
+    return "Products with packed weights: " + "; ".join(f"{count} by {name}" for name, count in kernels.items()) + "."
+
+
 def classes(metrics: Mapping[str, Any]) -> str:
     """Precision, recall, F1 and support of each class (`per_class`), and their `averages`, in markdown."""
     averages = metrics.get("averages") or {}
@@ -353,6 +358,8 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     header, rows = comparison(metrics)
     note = [BEFORE] if metrics["before"] is not None else []
     parts = ["# Report", _what(metrics), "![report](report.png)", markdown_table(header, rows), *note]
+    if kernels := metrics["after"].get("kernels"):
+        parts.append(kernel_line(kernels))
     if metrics.get("savings"):
         from niwaki.measure.savings import savings_text
 

@@ -23,6 +23,7 @@ from niwaki.measure.speed import THROUGHPUT_BATCH, speeds
 from niwaki.model.embeddings import InOldNumbers
 from niwaki.naming import option_name
 from niwaki.recipe import Recipe
+from niwaki.weights import kernels
 
 Side = dict[str, Any]
 
@@ -57,7 +58,7 @@ def compare(
         whole = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
         models["before"] = (InOldNumbers(whole, corpus.tokens).eval() if corpus.tokens else whole).to(device)
     measured = cost(recipe, corpus, models)
-    after |= measured["after"]
+    after |= {**measured["after"], "kernels": kernels(reloaded)}
     side_before = side_before and {**side_before, **measured["before"]}
     return clean(
         {

@@ -84,6 +84,7 @@ class NormalFloatLinear(nn.Linear, Packed):
     scale: Tensor
     bits = 4
     holds = "NormalFloat codes"
+    kernel = "fp32, dequantized in each product"
 
     def __init__(
         self, in_features: int, out_features: int, *, block: int, double_quantization: bool, bias: nn.Parameter | None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki import packing
+from niwaki.compression.quantize.kernels import IntegerProduct, integer_product
 from niwaki.compression.quantize.layout import Layout, Zero, values_of
 from niwaki.edits import Edit
 from niwaki.stage import Context, Phase
@@ -199,8 +200,8 @@ class IntegerLinear(Packed):
     `codes`: int8 (out, in) for 8 bits, else a uint8 stream with nothing between the codes. `scale`: (out, groups), and
     as `zero`, where there is one: int8, or real numbers. `factor`: (in,), or None. `input_scale`: (), or None where
     activations are rounded token by token.
-    With one scale per channel, no zero and rounded activations the product runs on integers (int32 accumulation);
-    otherwise on the dequantized weight. `shared`, in place of `codes`, holds the values that codes are rounded from.
+    Where a kernel is there for the codes (`kernels.py`) the product runs on integers; otherwise on the dequantized
+    weight. `shared`, in place of `codes`, holds the values that codes are rounded from.
     """
 
     codes: Tensor
@@ -210,6 +211,7 @@ class IntegerLinear(Packed):
     input_scale: Tensor | None
     holds: ClassVar[str] = "integer codes"
     weight = None  # T5 asks for the type of a linear's weight, where it has one
+    _product: IntegerProduct | None = None  # which takes the operand
 
     def __init__(
         self, in_features: int, out_features: int, *, bits: int, group: int | None,
@@ -237,10 +239,20 @@ class IntegerLinear(Packed):
         self.register_buffer("input_scale", torch.ones(()) if one_scale else None)
 
     @property
+    def integer_product(self) -> IntegerProduct | None:
+        """What multiplies the codes where they are; None: the weight is dequantized."""
+        return integer_product(self.scale.device, self.layout, self.activation_bits, self.in_features)
+
+    @property
     def runs_on_integers(self) -> bool:
         """Whether the product is an integer one, rather than one of the dequantized weight."""
-        plain = not self.group and self.zero is None
-        return bool(self.activation_bits) and plain and self.scale.device.type == "cpu"
+        return self.integer_product is not None
+
+    @property
+    def kernel(self) -> str:
+        """What multiplies the weight."""
+        product = self.integer_product
+        return super().kernel if product is None else product.name
 
     @property
     def layout(self) -> Layout:
@@ -297,16 +309,18 @@ class IntegerLinear(Packed):
     def forward(self, values: Tensor) -> Tensor:
         if self._operand is None:
             with torch.inference_mode(False), torch.no_grad():  # it may be used under a gradient later
-                if self.runs_on_integers:
-                    self._operand = self.integers().t().contiguous()
+                self._product = self.integer_product
+                if self._product:
+                    self._operand = self._product.operand(self.integers())
                 else:
                     dense = self._values() if self.activation_bits else self.dequantized()
                     self._operand = dense.to(self.scale.dtype)
         if not self.activation_bits:
             return functional.linear(values, self._operand, self.bias)
         codes, scale = self._input_codes(values.reshape(-1, self.in_features))
-        if self.runs_on_integers:
-            product = torch._int_mm(codes.to(torch.int8), self._operand).float().mul_(scale).mul_(self.scale[:, 0])
+        if self._product:
+            sums = self._product(codes.to(torch.int8), self._operand, self.out_features)
+            product = sums.float().mul_(scale).mul_(self.scale[:, 0])
             product = product if self.bias is None else product.add_(self.bias)
         else:
             product = functional.linear((codes * scale).to(values.dtype), self._operand, self.bias)

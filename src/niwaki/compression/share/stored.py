@@ -59,6 +59,7 @@ class CodebookLinear(Packed):
     centroids: Tensor
     mask: Tensor
     holds: ClassVar[str] = "codebook"
+    kernel = "fp32, looked up once"
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
     def __init__(

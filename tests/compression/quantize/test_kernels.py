@@ -1,0 +1,164 @@
+"""Kernels against int64; what runs where; chains against the integers that they become."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exported import by_hand, integers, rows, widened
+from lifecycle import begin, logits, recipe_of, write_rows
+
+from niwaki.compression.quantize import kernels
+from niwaki.compression.quantize.kernels import PRODUCTS, IntegerProduct, agreement, integer_product
+from niwaki.compression.quantize.layout import Layout
+from niwaki.export.export import rounds_inputs
+from niwaki.measure.report import kernel_line
+from niwaki.pipeline import fold_and_convert, settle
+from niwaki.weights import kernels as kernels_of
+from niwaki.weights import packed
+
+OPTIONS = sorted(path.stem for path in (Path(__file__).parents[3] / "configs/compression/quantize").glob("*.yaml"))
+CPU = torch.device("cpu")
+EXACT = pytest.mark.skipif(not kernels.is_exact(PRODUCTS["cpu"]), reason="this CPU clips sums of int8 products")
+
+
+@EXACT
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 24, 10), (7, 33, 5), (16, 64, 8), (40, 3072, 9)])
+def test_sums_are_those_of_int64(name: str, tokens: int, inputs: int, outputs: int) -> None:
+    """That of CUDA too, whose filling runs here."""
+    product = PRODUCTS[name]
+    codes = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    found = product(codes, product.operand(weight), outputs)
+    assert found.dtype is torch.int32
+    assert torch.equal(found.long(), codes.long() @ weight.long().t())
+
+
+@EXACT
+@pytest.mark.parametrize(("left", "right"), [(127, 127), (127, -127), (-127, -127)])
+@pytest.mark.parametrize("inputs", [2, 64, 3072, 133_000])
+def test_the_largest_sums_are_exact(left: int, right: int, inputs: int) -> None:
+    codes, weight = (torch.full((n, inputs), code, dtype=torch.int8) for n, code in ((3, left), (5, right)))
+    for product in PRODUCTS.values():
+        assert product(codes, product.operand(weight), 5).unique().tolist() == [left * right * inputs]
+
+
+def test_what_cuda_is_given_meets_its_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[torch.Size, torch.Size]] = []
+
+    def product_of_cuda(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        given.append((left.shape, right.shape))
+        return torch.zeros(len(left), right.shape[1], dtype=torch.int32)
+
+    monkeypatch.setattr(torch, "_int_mm", product_of_cuda)
+    product = PRODUCTS["cuda"]
+    for tokens, inputs, outputs in [(1, 24, 10), (16, 33, 8), (17, 64, 7), (40, 5, 3)]:
+        operand = product.operand(torch.zeros(outputs, inputs, dtype=torch.int8))
+        found = product(torch.zeros(tokens, inputs, dtype=torch.int8), operand, outputs)
+        assert found.shape == (tokens, outputs)
+    assert all(left[0] > 16 and left[1] % 8 == 0 and left[1] == right[0] and right[1] % 8 == 0 for left, right in given)
+
+
+@EXACT
+def test_where_integers_are_multiplied() -> None:
+    plain = Layout(bits=8)
+    assert integer_product(CPU, plain, 8, 768) is PRODUCTS["cpu"]
+    assert integer_product(CPU, Layout(bits=3), 5, 768) is PRODUCTS["cpu"]
+    assert integer_product(CPU, plain, None, 768) is None
+    assert integer_product(CPU, Layout(bits=8, group=64), 8, 768) is None
+    assert integer_product(CPU, Layout(bits=8, zero="whole"), 8, 768) is None
+    assert integer_product(torch.device("meta"), plain, 8, 768) is None
+    assert integer_product(CPU, plain, 8, 133_144) is PRODUCTS["cpu"]  # 133,144 * 127^2 < 2^31
+    assert integer_product(CPU, plain, 8, 133_145) is None
+
+
+@EXACT
+def test_eight_bits_are_multiplied_without_a_copy() -> None:
+    linear = integers(8, None, 8)
+    linear(torch.randn(2, 48))
+    assert linear._operand is not None
+    assert linear._operand.data_ptr() == linear.codes.data_ptr()
+
+
+@pytest.mark.parametrize("parts", [(), ("factor",), ("input_scale",), ("factor", "input_scale")])
+def test_without_a_kernel_the_weight_is_dequantized(parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = widened(integers(8, None, 8), *parts)
+    monkeypatch.setattr(kernels, "PRODUCTS", {})
+    assert linear.kernel == "fp32, dequantized"
+    values = rows()
+    expected = by_hand(linear, values)
+    assert float((linear(values).detach() - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+
+
+CLIPPING = """
+import torch
+from niwaki.compression.quantize.integers import IntegerGrid, IntegerLinear
+from niwaki.compression.quantize.kernels import PRODUCTS
+product, codes = PRODUCTS["cpu"], torch.full((9, 16), 127, dtype=torch.int8)
+clips = product(codes, product.operand(codes), 9).unique().tolist() != [16 * 127**2]
+record = IntegerGrid(8, None).record(torch.ones(9, 16))
+linear = IntegerLinear(16, 9, bits=8, group=None, activation_bits=8, bias=None)
+linear.store(**record)
+off = float((linear(torch.ones(5, 16)) - 16).abs().max())
+print(clips, linear.kernel == "fp32, dequantized", off < 1e-4)
+"""
+
+
+def test_a_cpu_that_clips_sums_gets_the_right_ones_from_floats() -> None:
+    """oneDNN told to do as a CPU without VNNI does; where it cannot be told, the integers run and are right."""
+    variables = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CLIPPING], capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() in (["True", "True", "True"], ["False", "False", "True"])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_compiled_it_is_the_same_function(static: bool) -> None:
+    """Once it has its operand; traced as a whole, without a compiler of C++."""
+    linear = widened(integers(8, None, 8), *["input_scale"] * static)
+    values = rows()
+    with torch.no_grad():
+        expected = linear(values)
+        assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(values), expected)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_converted_model_says_what_its_chains_said(option: str, task: str, tmp_path: Path) -> None:
+    """Tiny BERT and tiny Llama, every option. The bound is relative, and the middle answer is off by float order."""
+    recipe = recipe_of(task, write_rows(tmp_path)[task], f"compression=[quantize/{option}]", checkpoints=False)
+    corpus, work = begin(recipe)
+    settle(recipe, work)
+    inputs = recipe.task.inputs(next(iter(corpus.evaluation("test"))))
+    before = logits(work.model, inputs)
+    fold_and_convert(recipe, work)
+    linears = [linear for _, linear in packed(work.model)]
+    assert len(linears) == len(work.context.targets) > 0
+    off = (logits(work.model, inputs) - before).abs().amax(-1) / before.abs().max()
+    bits = max((getattr(linear, "activation_bits", None) or 0 for linear in linears), default=0)
+    assert rounds_inputs(work.model) == bool(bits)
+    assert float(off.median()) <= 5e-6  # 1e-7 as it is; 7e-5 at least where scales of inputs are 0.2% off
+    assert float(off.max()) <= agreement(bits)
+    names = {linear.kernel for linear in linears}
+    whole = bits and not any(linear.group for linear in linears) and kernels.is_exact(PRODUCTS["cpu"])
+    assert names == {"int8 x int8, torch._int_mm" if whole else "fp32, dequantized"}
+    assert kernels_of(work.model) == {names.pop(): len(linears)}
+
+
+def test_every_option_is_among_them() -> None:
+    assert "qat" in OPTIONS
+    assert len(OPTIONS) >= 10
+
+
+def test_a_report_says_it_in_one_line() -> None:
+    line = kernel_line({"int8 x int8, torch._int_mm": 36, "fp32, dequantized": 2})
+    assert line == "Products with packed weights: 36 by int8 x int8, torch._int_mm; 2 by fp32, dequantized."
+
+
+def test_one_that_is_not_there_has_a_name() -> None:
+    assert IntegerProduct(device="cuda").name == "int8 x int8, torch._int_mm on cuda"
