@@ -18,6 +18,7 @@ from niwaki.compression.quantize.integers import IntegerLinear
 from niwaki.compression.quantize.mixed import Mixed, divergence, least_loss
 from niwaki.compression.quantize.weight_only import WeightOnly
 from niwaki.compression.share.codebook import CodebookSharing
+from niwaki.compression.share.layers import Layers
 from niwaki.errors import ConfigError
 from niwaki.measure.size import target_table
 from niwaki.stage import refuse_conflicts
@@ -54,10 +55,15 @@ def rounded_by_hand(weight: Tensor, bits: int, group: int) -> Tensor:
     return ((grouped / scale).round() * scale).view(weight.shape)
 
 
-@pytest.mark.parametrize(("family", "task"), KINDS)
-def test_the_sensitivities_are_those_of_a_plain_loop(family: str, task: str, setting: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("family", "task", "shared"), [*((*kind, None) for kind in KINDS), ("bert", "ner", [[0, 2]])])
+def test_the_sensitivities_are_those_of_a_plain_loop(
+    family: str, task: str, shared: Any, setting: Callable[..., Any]
+) -> None:
+    """`shared`: blocks that are one, and run before and after the others."""
     one = setting(family, task)
     one.model.eval()
+    if shared:
+        Layers(lists=shared).prepare(one.model, one.context())
     copied = copy.deepcopy(one.model)
     context = context_of(one)
     before = one.logits()
@@ -83,8 +89,9 @@ def test_the_sensitivities_are_those_of_a_plain_loop(family: str, task: str, set
 
 def test_the_divergence_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("niwaki.compression.quantize.mixed.LARGEST_PART", 12)
-    first, second = torch.log(torch.tensor([[0.5, 0.25, 0.25]] * 5)), torch.log(torch.tensor([[0.25, 0.25, 0.5]] * 5))
-    by_hand = 0.5 * torch.log(torch.tensor(2.0)) + 0.25 * torch.log(torch.tensor(0.5))
+    first = torch.log(torch.tensor([[0.5, 0.25, 0.25]] * 5))
+    second = torch.log(torch.tensor([[0.125, 0.25, 0.625]] * 5))
+    by_hand = 0.5 * torch.log(torch.tensor(4.0)) + 0.25 * torch.log(torch.tensor(0.4))
     assert divergence(first + 3, second) == pytest.approx(5 * float(by_hand), rel=1e-6)
 
 
