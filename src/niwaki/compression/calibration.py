@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,6 +16,9 @@ from niwaki.stage import Context
 
 Gather = Callable[[str, Tensor], None]
 """(name of a linear, what enters it: (tokens, inputs))."""
+
+Calls = list[tuple[nn.Module, Any]]
+"""Blocks in the order in which they are called, each with what it gives; one that is used several times as often."""
 
 
 class Enough(Exception):
@@ -134,6 +138,51 @@ def block_by_block(
             if silent:
                 raise ConfigError(f"{field}: nothing enters {silent[0]} when the model runs; leave it out by targets")
             act(found)
+
+
+@contextmanager
+def recorded(blocks: Sequence[nn.Module]) -> Iterator[Calls]:
+    """Within: a list that fills with the blocks that are called, and what they give."""
+    calls: Calls = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        calls.append((module, output))
+
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed(calls: Calls) -> Iterator[None]:
+    """Within: the blocks of these calls give again what they gave, without computing it; called more often, they
+    compute."""
+    given: dict[nn.Module, list[Any]] = {}
+    for block, output in calls:
+        given.setdefault(block, []).append(output)
+    own = {block: vars(block).get("forward") for block in given}
+    for block, outputs in given.items():
+        block.forward = replay(block.forward, outputs)
+    try:
+        yield
+    finally:
+        for block, forward in own.items():
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def replay(forward: Callable[..., Any], outputs: Sequence[Any]) -> Callable[..., Any]:
+    """A function that gives these outputs, one a call, and then does what `forward` does."""
+    left = deque(outputs)
+
+    def give(*inputs: Any, **named: Any) -> Any:
+        return left.popleft() if left else forward(*inputs, **named)
+
+    return give
 
 
 def inside(place: str, names: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from niwaki.compression.quantize.gptq import GPTQ
 from niwaki.compression.quantize.hqq import HQQ
 from niwaki.compression.quantize.int8_static import Int8Static
 from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.compression.quantize.mixed import Mixed
 from niwaki.compression.quantize.post_training import reading_the_same
 from niwaki.compression.quantize.smoothquant import SmoothQuant
 from niwaki.compression.quantize.weight_only import WeightOnly
@@ -26,6 +27,7 @@ from niwaki.weights import fold
 STAGES = {
     "weight_only": WeightOnly(group=16), "asymmetric": WeightOnly(bits=3, group=8, symmetric=False),
     "gptq": GPTQ(group=16), "act_order": GPTQ(bits=3, group=16, act_order=True, symmetric=False),
+    "mixed": Mixed(bits=4.5, group=16), "mixed_gptq": Mixed(bits=4.5, group=16, rounding="gptq"),
     "awq": AWQ(group=16), "hqq": HQQ(group=16), "smoothquant": SmoothQuant(), "int8_static": Int8Static(),
     "some": WeightOnly(group=16, targets=["feed_in", "feed_out"]),
 }  # fmt: skip

@@ -97,13 +97,7 @@ class CalibratedGrid(PostTraining):
         check_rows(self.rows, self.field)
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
-        sharing = next((other.name for other in others if other.phase is Phase.SHARE), None)
-        if sharing:
-            return (
-                f"{self.name} and {sharing}: it chooses the code of each weight by itself, and weights that share a "
-                "value would have several; use quantize/weight_only or quantize/int8"
-            )
-        return super().conflict(others)
+        return several_codes(self.name, others) or super().conflict(others)
 
     @abc.abstractmethod
     def statistic(self, values: Tensor) -> Any:
@@ -125,6 +119,15 @@ class CalibratedGrid(PostTraining):
 
     def fixed(self, weight: Tensor) -> FixedGrid:
         return nearest(weight, self.layout)
+
+
+def several_codes(name: str, others: Sequence[Stage]) -> str | None:
+    """The reason why a method that chooses the code of each weight cannot be combined with one of `others`, or None."""
+    sharing = next((other.name for other in others if other.phase is Phase.SHARE), None)
+    return sharing and (
+        f"{name} and {sharing}: it chooses the code of each weight by itself, and weights that share a value would "
+        "have several; use quantize/weight_only or quantize/int8"
+    )
 
 
 def reading_the_same(found: Mapping[str, Any]) -> list[list[str]]:
