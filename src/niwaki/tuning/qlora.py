@@ -55,9 +55,9 @@ class QLoRA(Tuning):
         )  # fmt: skip
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
-        weight = next((other for other in others if other.phase.acts_on_weights), None)
+        weight = next((other for other in others if other.acts_on_linears), None)
         if weight is None:
-            return None
+            return None if self.merge else beside.conflict(self.name, others)
         return (
             f"tuning=qlora and {weight.name}: the base is fixed in 4 bits, so the sum of base and adapter cannot be "
             "masked or rounded; use tuning=lora, whose delta is part of the weight there"

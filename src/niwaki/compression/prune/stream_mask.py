@@ -135,6 +135,6 @@ def cut_stream_records(context: Context, stream: Stream, kept: Sequence[int]) ->
     channels = torch.tensor(kept)
     for name in stream.writers:
         context.records[name] = {k: v[channels] for k, v in context.records.get(name, {}).items()}
-    for name in stream.readers:
+    for name in (*stream.tables, *stream.readers):
         record = context.records.get(name, {})
         context.records[name] = {k: v if k == "scale" else v[:, channels] for k, v in record.items()}
