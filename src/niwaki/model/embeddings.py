@@ -56,7 +56,9 @@ class FactorizedOutput(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the linear that it stands for, (tokens, width)."""
-        return self.table.weight @ self.projection.weight.T
+        table: Any = self.table
+        weight: Tensor = table.weight @ self.projection.weight.T
+        return weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         narrow = functional.linear(hidden, self.projection.weight.T)

@@ -37,8 +37,8 @@ def conflict(name: str, others: Sequence[Stage]) -> str | None:
         return None
     if not weight.acts_on_linears:
         return (
-            f"tuning={name} with tuning.merge=false and {weight.name}: PEFT reads the base as it was, and would not know "
-            "its embeddings as integers; set tuning.merge=true"
+            f"tuning={name} with tuning.merge=false and {weight.name}: PEFT reads the base beside the adapter, and no "
+            "embeddings that are integers; set tuning.merge=true"
         )
     return (
         f"tuning={name} with tuning.merge=false and {weight.name}: masks and grids act on the sum of base and adapter, "

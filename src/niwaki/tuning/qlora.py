@@ -57,7 +57,7 @@ class QLoRA(Tuning):
     def conflict(self, others: Sequence[Stage]) -> str | None:
         weight = next((other for other in others if other.acts_on_linears), None)
         if weight is None:
-            return None if self.merge else beside.conflict(self.name, others)
+            return None
         return (
             f"tuning=qlora and {weight.name}: the base is fixed in 4 bits, so the sum of base and adapter cannot be "
             "masked or rounded; use tuning=lora, whose delta is part of the weight there"

@@ -79,7 +79,8 @@ class Embeddings(Stage):
         return Effects()
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        records = {name: context.records[name] for name in context.tables if name in context.records}
+        found = {name: context.records.get(name) for name in context.tables}
+        records = {name: record for name, record in found.items() if record}  # of a weight that several have, one
         edit = UseIntegerTables(tables=list(records), bits=self.bits, group=self.group)
         edit.apply(model)
         for name, record in records.items():

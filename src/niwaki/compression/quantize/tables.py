@@ -157,8 +157,8 @@ def has(module: nn.Module, weight: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class UseIntegerTables(Edit):
-    """Tables of embeddings become integers, as do the output layers that are tied to them. `tables`: one name of each.
-    """
+    """Tables of embeddings become integers, as do the output layers that are tied to them. `tables`: one name
+    of each."""
 
     carried: ClassVar[bool] = False  # another training starts from dense weights
 
