@@ -14,7 +14,7 @@ from lifecycle import check_in_a_fresh_process, live, look, recipe_of, write_row
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from niwaki import artifact
+from niwaki import artifact, storage
 from niwaki.compression.factorize.embeddings import Embeddings as Factors
 from niwaki.compression.prune.vocabulary import Vocabulary
 from niwaki.compression.quantize.embeddings import Embeddings
@@ -114,12 +114,12 @@ def test_a_tied_output_layer_multiplies_with_the_same_rounded_table(
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_file_holds_exactly_the_codes(setting: Callable[..., Any], bits: int, tmp_path: Path) -> None:
-    one, plain = setting("llama", "causal_lm", overrides={"tie_word_embeddings": False}), setting("llama", "causal_lm")
+    one = setting("llama", "causal_lm", overrides={"tie_word_embeddings": False})
     table = one.model.get_input_embeddings().weight.detach().clone()
     parameters = count(one.model)
     kept = saved(one, tmp_path / "model", Embeddings(bits=bits))
     ((name, module),) = list(packed(kept.model))
-    stored = load_file(tmp_path / "model" / artifact.WEIGHTS)
+    stored = storage.read(artifact.weights_of(tmp_path / "model"))  # of 2 bits most are 0, and left out
     codes, scale = to_codes(table, bits)
     assert torch.equal(module.integers(), codes.to(torch.int8))  # type: ignore[operator]
     assert torch.equal(stored[f"{name}.scale"], scale)
@@ -127,7 +127,6 @@ def test_the_file_holds_exactly_the_codes(setting: Callable[..., Any], bits: int
     assert isinstance(kept.model.get_output_embeddings(), torch.nn.Linear)
     assert count(kept.model)["parameters"] == parameters["parameters"]
     assert parameters["nonzero"] - count(kept.model)["nonzero"] == int((codes == 0).sum() - (table == 0).sum())
-    assert plain.model.get_input_embeddings().weight.shape == table.shape
 
 
 @pytest.mark.parametrize("family", sorted(SIBLINGS))

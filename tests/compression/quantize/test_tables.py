@@ -25,8 +25,8 @@ def filled(tokens: int, width: int, bits: int, group: int | None = None) -> tupl
 
 
 def test_bytes_worked_out_by_hand() -> None:
-    """Codes 57 (57.15), -127, 32 (31.75), 0 of 8 bits; 3 (3.15), -7, 2 (1.75), 0 of 4, each plus 7: nibbles A 0 9 7, and
-    7 for the zeros; 0, -1, 0, 0 of 2, each plus 1: 01 00 01 01 01 01 01 01."""
+    """Codes 57 (57.15), -127, 32 (31.75), 0 of 8 bits; 3 (3.15), -7, 2 (1.75), 0 of 4, each plus 7: nibbles A 0 9 7,
+    and 7 for the zeros; 0, -1, 0, 0 of 2, each plus 1: 01 00 01 01 01 01 01 01."""
     for bits, last, stored in (
         (8, 127, [[57, -127, 32, 0], [0, 0, 0, 0]]),
         (4, 7, [0xA0, 0x97, 0x77, 0x77]),
