@@ -117,7 +117,7 @@ def saved(one: Any, folder: Path, *stages: Any, tuning: Any = None) -> artifact.
     for stage in stages:
         if stage not in shaping:
             edits += stage.prepare(one.model, context).edits
-    context.records.update(fold(context.targets))
+    context.records.update(fold({**context.targets, **context.tables}))
     for stage in [*([tuning] if tuning else []), *stages]:
         edits += stage.finalize(one.model, context)
     artifact.save(

@@ -206,9 +206,9 @@ def of_phase(recipe: Recipe, phase: Phase) -> list[Stage]:
 
 def stack(recipe: Recipe, work: Work, *, during_fit: bool) -> None:
     """Stack the links of the weight methods that the fit runs through, or of those that come after it. The tuning's
-    delta, where there is one, goes below them."""
+    delta, where there is one, goes below those of the linears."""
     stages = [s for s in recipe.stages if s.phase.acts_on_weights and s.during_fit is during_fit]
-    if stages:
+    if any(stage.acts_on_linears for stage in stages):
         recipe.tuning.link(work.model, work.context)
     for stage in stages:
         work.add(stage.prepare(work.model, work.context))
@@ -222,6 +222,6 @@ def settle(recipe: Recipe, work: Work) -> None:
 
 def fold_and_convert(recipe: Recipe, work: Work) -> None:
     """Bake the chains, merge what is left of the adapters, and put real integers where there were grids."""
-    work.context.records.update(fold(work.context.targets))
+    work.context.records.update(fold({**work.context.targets, **work.context.tables}))
     for stage in sorted(recipe.stages, key=lambda stage: stage.phase is not Phase.TUNE):  # shapes are cut of the sum
         work.edits += stage.finalize(work.model, work.context)

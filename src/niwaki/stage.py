@@ -7,7 +7,7 @@ import enum
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from niwaki.errors import ConfigError
 from niwaki.naming import option_name
@@ -75,6 +75,7 @@ class Context:
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # the task's own, of a model on a batch: a scalar
     write: Callable[..., Tensor]  # (model, batch, num_beams=) -> the tokens that it writes in answer, as Task.write
     retold: Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # a batch with such tokens as its own answers
+    tables: dict[str, nn.Module] = field(default_factory=dict)  # of embeddings, with links; outputs tied to them
     records: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what each link left behind at fold
     epoch: int = 0  # optimizer steps of one epoch
     facts: dict[str, Any] = field(default_factory=dict)  # what stages add to metrics.json when they finalize
@@ -115,7 +116,8 @@ class Stage(abc.ABC):
     phase: ClassVar[Phase]
     during_fit: ClassVar[bool] = True
     leaves_out_blocks: ClassVar[bool] = False  # as model.layers does
-    turn: ClassVar[int] = 0  # in its phase: 0 blocks and what flows between them, 1 units inside of them, 2 linears
+    acts_on: ClassVar[Literal["linears", "embeddings"]] = "linears"  # whose weights, where it acts on weights
+    turn: ClassVar[int] = 0  # in its phase: -1 embeddings, 0 blocks and what flows between them, 1 units, 2 linears
     adds_term: ClassVar[bool] = True  # to the loss, in the objective phase; else the task's own loss learns from it
     leaves_out_units: ClassVar[bool] = False  # heads, neurons: rows and columns of linears
     paper: ClassVar[str]
@@ -124,6 +126,11 @@ class Stage(abc.ABC):
     def name(self) -> str:
         """`prune/magnitude`, `lora`: the option that selects this method, which is where its file stands."""
         return option_name(self)
+
+    @property
+    def acts_on_linears(self) -> bool:
+        """Whether its links stand on the linears of the blocks."""
+        return self.phase.acts_on_weights and self.acts_on == "linears"
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
         """The reason why this method cannot be combined with one of `others`, or None."""
@@ -205,13 +212,13 @@ def ordered(stages: Iterable[Stage]) -> list[Stage]:
 
 def refuse_conflicts(stages: Sequence[Stage]) -> None:
     """Raise ConfigError, naming both methods and the reason, for the first pair that cannot be combined: two of one
-    method, two that act on the weights in one phase, or a method with one that its `conflict` names."""
+    method, two that act on the same weights in one phase, or a method with one that its `conflict` names."""
     for first, second in itertools.combinations(ordered(stages), 2):
         if first.name == second.name:
             raise ConfigError(
                 f"compression: {first.name} and {second.name}: one method works once in a run; leave one out"
             )
-        if first.phase is second.phase and first.phase in ONE_OF_A_KIND:
+        if first.phase is second.phase and first.acts_on == second.acts_on and first.phase in ONE_OF_A_KIND:
             why = ONE_OF_A_KIND[first.phase]
             raise ConfigError(f"compression: {first.name} and {second.name}: {why}; choose one")
     for stage in stages:

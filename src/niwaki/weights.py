@@ -42,6 +42,13 @@ class Packed(nn.Module, abc.ABC):
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for, fp32 (out, in)."""
 
+    def put_dense(self, model: nn.Module, name: str) -> None:
+        """Put a dense linear with the same weight where this one stands in `model`, by its name there."""
+        linear = self.dense(self.in_features, self.out_features, bias=False)
+        linear.weight = nn.Parameter(self.dequantized())
+        linear.bias = self.bias
+        replace_module(model, name, linear)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
         self._operand = None
         return super()._apply(fn, recurse)
@@ -68,8 +75,8 @@ class Link(nn.Module, abc.ABC):
         return {}
 
 
-def stack(linear: nn.Linear, link: Link) -> None:
-    """Put `link` on top of the chain of `linear`; the phases along a chain must rise."""
+def stack(linear: nn.Module, link: Link) -> None:
+    """Put `link` on top of the chain of `linear`, or of a table; the phases along a chain must rise."""
     present = [existing.phase for existing in links(linear)]
     assert not present or present[-1] < link.phase, f"{link.phase!r} stacked on {present}"
     parametrize.register_parametrization(linear, "weight", link)
@@ -93,15 +100,22 @@ def entering(linear: nn.Module, link: Link) -> Tensor:
     raise AssertionError("the link is not on this linear")
 
 
-def fold(targets: Mapping[str, nn.Linear]) -> dict[str, dict[str, Tensor]]:
+def fold(targets: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Bake every chain into its weight. Returns, by target, what its links recorded. A negative weight that was masked
-    is -0.0, and becomes 0.0, which no value on disk has to stand for."""
+    is -0.0, and becomes 0.0, which no value on disk has to stand for. A weight that several targets have is baked once,
+    with the chain of the first."""
     records = {}
+    baked: set[int] = set()
     with torch.no_grad():
         for name, linear in targets.items():
             chain = links(linear)
             if not chain:
                 continue
+            base = linear.parametrizations["weight"].original
+            if id(base) in baked:
+                parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+                continue
+            baked.add(id(base))
             records[name] = {k: v for link in chain for k, v in link.record(entering(linear, link)).items()}
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
             linear.weight.add_(0.0)
@@ -151,13 +165,17 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
                 setattr(module, name, new)
 
 
-def packed(model: nn.Module, name: str = "") -> Iterator[tuple[str, Packed]]:
-    """Every packed linear with its name; not what one is made of."""
+def packed(model: nn.Module, name: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, Packed]]:
+    """Everything packed with its first name, once; not what it is made of."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
     if isinstance(model, Packed):
         yield name, model
         return
     for child, module in model.named_children():
-        yield from packed(module, f"{name}.{child}" if name else child)
+        yield from packed(module, f"{name}.{child}" if name else child, seen)
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
@@ -166,9 +184,6 @@ def kernels(model: nn.Module) -> dict[str, int]:
 
 
 def to_dense(model: nn.Module) -> None:
-    """Put a dense linear with the same weight where a packed one stands."""
+    """Put dense weights where packed ones stand."""
     for name, module in list(packed(model)):
-        linear = module.dense(module.in_features, module.out_features, bias=False)
-        linear.weight = nn.Parameter(module.dequantized())
-        linear.bias = module.bias
-        replace_module(model, name, linear)
+        module.put_dense(model, name)

@@ -19,6 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from niwaki import artifact, compose, inference, pipeline  # noqa: E402
 from niwaki.compression.prune.heads import Heads  # noqa: E402
 from niwaki.compression.prune.magnitude import Magnitude  # noqa: E402
+from niwaki.compression.quantize.embeddings import Embeddings  # noqa: E402
 from niwaki.compression.quantize.int8 import Int8  # noqa: E402
 from niwaki.compression.quantize.qat import QAT  # noqa: E402
 from niwaki.compression.share.codebook import CodebookSharing  # noqa: E402
@@ -173,3 +174,39 @@ def test_pairs_have_types_of_tokens(setting: Callable[..., Any], tmp_path: Path)
 def test_an_opset_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match=r"^export\.onnx\.opset=17: needs null, 21 or 25$"):
         Onnx(opset=17)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "bits", "group"),
+    [
+        ("llama", "causal_lm", 8, None), ("llama", "causal_lm", 4, 8), ("bert", "masked_lm", 2, None),
+        ("bert", "classification", 5, None), ("bart", "causal_lm", 3, None), ("electra", "classification", 8, 4),
+    ],
+)  # fmt: skip
+def test_integer_embeddings_are_looked_up_as_they_are_stored(
+    setting: Callable[..., Any], tmp_path: Path, family: str, task: str, bits: int, group: int | None
+) -> None:
+    """Narrow codes take half a byte or a quarter in the file, where a tied output layer reads the same ones."""
+    one = setting(family, task)
+    kept = saved(one, tmp_path / "model", Embeddings(bits=bits, group=group))
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "onnx").mkdir()
+    export = Onnx()
+    export.write(artifact.load(kept.folder), batch, tmp_path / "onnx")
+    ours, theirs = kept.model(**batch).logits.detach(), export.runner(tmp_path / "onnx")(**batch).logits
+    seen = batch["attention_mask"].bool()
+    off = (ours - theirs).abs()
+    assert float((off if off.dim() == 2 else off[seen]).max()) < FLOAT_ORDER
+    table = kept.model.get_input_embeddings().table
+    held = {tensor.name: tensor for tensor in onnx.load(tmp_path / "onnx" / FILE).graph.initializer}
+    codes = [array for name in held if name.endswith(".codes")
+             if len(array := onnx.numpy_helper.to_array(held[name])) == table.out_features]  # fmt: skip
+    assert len(codes) == 1
+    width = {2: 2, 3: 4, 4: 4}.get(bits, 8)
+    assert codes[0].nbytes == table.out_features * table.in_features * width // 8
+    if width == 8:
+        assert np.array_equal(codes[0], table.integers().numpy())
+    if width == bits < 8:
+        assert np.array_equal(codes[0].ravel(), table.codes.numpy())
+    floats = [sorted(tensor.dims) for tensor in held.values() if tensor.data_type == 1]
+    assert sorted((table.out_features, table.in_features)) not in floats

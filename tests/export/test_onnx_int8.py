@@ -15,6 +15,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from niwaki import artifact  # noqa: E402
+from niwaki.compression.quantize.embeddings import Embeddings  # noqa: E402
 from niwaki.compression.quantize.int8 import Int8  # noqa: E402
 from niwaki.compression.quantize.integers import to_codes  # noqa: E402
 from niwaki.errors import ConfigError  # noqa: E402
@@ -85,6 +86,23 @@ def test_everything_large_is_8_bits_and_there_once(
     assert 0 < off < 0.1 * float(ours.abs().max())
     assert export.bound(kept.model) is None
     assert export.loss_allowed(kept.model) == 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_embeddings_keep_their_codes(setting: Callable[..., Any], tmp_path: Path, bits: int) -> None:
+    one = setting("llama", "causal_lm")
+    kept = saved(one, tmp_path / "model", Embeddings(bits=bits))
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), batch, tmp_path / "int8")
+    held = {tensor.name: tensor for tensor in onnx.load(tmp_path / "int8" / FILE).graph.initializer}
+    ((name, table),) = list(packed(kept.model))
+    name = name.removesuffix(".table")
+    assert np.array_equal(onnx.numpy_helper.to_array(held[f"{name}.codes"]), table.integers().numpy())  # type: ignore[operator]
+    assert np.array_equal(onnx.numpy_helper.to_array(held[f"{name}.scale"]), table.scale.numpy())  # type: ignore[operator, union-attr]
+    ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
+    off = float((ours - theirs)[batch["attention_mask"].bool()].abs().max())
+    assert 0 < off < 0.1 * float(ours.abs().max())
 
 
 def test_onnx_runtime_makes_one_kernel_of_them(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from niwaki import packing
 from niwaki.compression.quantize.floats import FloatLinear
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
+from niwaki.compression.quantize.tables import IntegerEmbedding, OfTable
 from niwaki.compression.share.stored import CodebookLinear, unpack
 from niwaki.export.export import ExportError
 from niwaki.weights import Packed, replace_everywhere, replace_module
@@ -36,14 +38,24 @@ BLOCK = 32  # where one scale serves a whole row
 
 @dataclass
 class Table:
-    """A table of embeddings on a symmetric grid of 8 bits, `codes` (rows, width) int8 with a `scale` (rows, 1) each."""
+    """A table of embeddings on a symmetric grid of `bits`: `codes` (rows, width) int8, `scale` (rows, groups)."""
 
+    key: str  # of what the file holds of it
     codes: Tensor
     scale: Tensor
+    bits: int = 8
+
+
+@dataclass
+class Rows:
+    """What looks rows of a table up, and multiplies them by a `factor` where there is one."""
+
+    table: Table
+    factor: float | None = None
 
     @property
     def out_features(self) -> int:
-        return self.codes.shape[1]
+        return self.table.codes.shape[1]
 
 
 @dataclass
@@ -51,7 +63,6 @@ class TiedHead:
     """An output layer whose weight is a table."""
 
     table: Table
-    key: str  # of the table
     bias: Tensor | None
 
     @property
@@ -64,11 +75,11 @@ class Placeholder(nn.Module):
 
     weight = None  # T5 asks for the type of a linear's weight, where it has one
 
-    def __init__(self, key: str, packed: Packed | Table | TiedHead) -> None:
+    def __init__(self, key: str, packed: Packed | Rows | TiedHead) -> None:
         super().__init__()
         self.key = key
         self.out_features = packed.out_features
-        self.of_numbers = isinstance(packed, Table)
+        self.of_numbers = isinstance(packed, Rows)
 
     def forward(self, values: Tensor) -> Tensor:
         before = values.shape if self.of_numbers else values.shape[:-1]
@@ -131,16 +142,27 @@ def packed_tensor(array: np.ndarray[Any, Any], dtype: Any, name: str) -> Any:
     return ir.PackedTensor(packed, dtype, shape=ir.Shape(array.shape), name=name)
 
 
-def hold_out(model: nn.Module) -> dict[str, Packed]:
-    """Put a placeholder wherever a packed linear stands; the linears, by the keys of their placeholders."""
-    held: dict[str, Packed] = {}
+def hold_out(model: nn.Module) -> dict[str, Any]:
+    """Put a placeholder wherever a packed linear stands, or what reads an integer table; what is lowered in their
+    place, by the keys of the placeholders."""
+    standing: dict[str, Any] = {}
     for name, module in list(model.named_modules()):
-        inside = any(name.startswith(f"{outer}.") for outer in held)  # shared values below integers
-        if isinstance(module, Packed) and type(module) in LOWERINGS and not inside:
-            held[name] = module
-    for name, packed in held.items():
-        replace_everywhere(model, packed, Placeholder(name, packed))
+        inside = any(name.startswith(f"{outer}.") for outer in standing)  # shared values below integers
+        if isinstance(module, OfTable) or (type(module) in LOWERINGS and not inside):
+            standing[name] = module
+    tables = {module.table: name for name, module in reversed(standing.items()) if isinstance(module, OfTable)}
+    made = {table: Table(name, table.integers(), table.scale, table.bits) for table, name in tables.items()}
+    held = {name: of_table(one, made[one.table]) if isinstance(one, OfTable) else one for name, one in standing.items()}
+    for name, module in standing.items():
+        replace_everywhere(model, module, Placeholder(name, held[name]))
     return held
+
+
+def of_table(module: OfTable, table: Table) -> Rows | TiedHead:
+    """What is lowered in place of a module that reads an integer table."""
+    if isinstance(module, IntegerEmbedding):
+        return Rows(table, module.factor)
+    return TiedHead(table, getattr(module, "bias", None))
 
 
 def to_plain(model: nn.Module) -> None:
@@ -156,13 +178,13 @@ def to_plain(model: nn.Module) -> None:
 def lower(model: Any, held: dict[str, Any], opset: int, kernels: str = "portable") -> None:
     """Put the nodes of each packed linear in place of its placeholders."""
     domains: set[str] = set()
-    known: dict[str, dict[str, Any]] = {key: {} for key in held}
-    known |= {key: known[one.key] for key, one in held.items() if isinstance(one, TiedHead)}
+    whose = {key: one.table.key if isinstance(one, Rows | TiedHead) else key for key, one in held.items()}
+    known: dict[str, dict[str, Any]] = {key: {} for key in whose.values()}
     for node in list(model.graph):
         if node.domain != DOMAIN:
             continue
         key = node.attributes["key"].as_string()
-        graph = Graph(key, opset, kernels, known[key])
+        graph = Graph(key, opset, kernels, known[whose[key]])
         product = LOWERINGS[type(held[key])](held[key], node.inputs[0], graph)
         for value in graph.tape.initializers:
             model.graph.register_initializer(value)
@@ -237,19 +259,79 @@ def dynamic_sums(values: Any, weight: Any, points: list[Any], scale: Any, graph:
     return graph.node("Mul", graph.node("Cast", product, to=ir.DataType.FLOAT), graph.node("Mul", own, scale))
 
 
-def table_rows(table: Table, numbers: Any, graph: Graph) -> Any:
-    """The rows of a table, by their numbers."""
-    codes = graph.node("Gather", graph.constant(table.codes, name="codes"), numbers, axis=0)
-    scale = graph.node("Gather", graph.constant(table.scale.float(), name="scale"), numbers, axis=0)
-    return graph.node("Mul", graph.node("Cast", codes, to=ir.DataType.FLOAT), scale)
+def table_rows(rows: Rows, numbers: Any, graph: Graph) -> Any:
+    """The rows of a table, by their numbers: their codes and scales are looked up, no other is made a float."""
+    held = replace(graph, key=rows.table.key)
+    whole = table_codes(rows.table, held), table_scale(rows.table, held)
+    codes, scale = (graph.node("Gather", one, numbers, axis=0) for one in whole)
+    found = table_values(rows.table, codes, scale, graph.node("Shape", numbers), held)
+    return found if rows.factor is None else graph.node("Mul", found, graph.scalar(rows.factor))
 
 
 def tied_head(head: TiedHead, values: Any, graph: Graph) -> Any:
     """A product with a table, which the file holds once."""
-    table = replace(graph, key=head.key)
-    weight = graph.once(lambda: graph.node("Transpose", table.constant(head.table.codes, name="codes"), perm=[1, 0]))
-    product = dynamic_sums(values, weight, [], graph.constant(head.table.scale[:, 0].float(), name="scale"), graph)
+    held = replace(graph, key=head.table.key)
+    codes = table_codes(head.table, held)
+    if graph.kernels == "dynamic":
+        weight = graph.once(lambda: graph.node("Transpose", codes, perm=[1, 0]))
+        product = dynamic_sums(
+            values, weight, [], graph.constant(head.table.scale[:, 0].float(), name="scale"), graph
+        )  # fmt: skip
+    else:
+        weight = graph.once(lambda: graph.node("Transpose", whole_table(head.table, codes, held), perm=[1, 0]))
+        product = graph.node("MatMul", values, weight)
     return product if head.bias is None else graph.node("Add", product, graph.constant(head.bias, name="bias"))
+
+
+def whole_table(table: Table, codes: Any, graph: Graph) -> Any:
+    """The values of all rows of a table. Plain products of floats, of which no runtime makes one that rounds inputs."""
+    rows = graph.constant(np.array([len(table.codes)], dtype=np.int64), name="rows")
+    return table_values(table, codes, table_scale(table, graph), rows, graph)
+
+
+def bits_in_file(table: Table, kernels: str) -> int:
+    """Of a code: 2 or 4 where such codes fill whole bytes of a row and nothing multiplies with them as integers."""
+    bits = next(width for width in NARROW if width >= table.bits)
+    return 8 if kernels == "dynamic" or table.codes.shape[1] % (8 // bits) else bits
+
+
+def table_codes(table: Table, graph: Graph) -> Any:
+    """The codes of a table: int8, or several in a byte, the first one in its highest bits, since rows of narrower
+    types cannot be looked up."""
+    bits = bits_in_file(table, graph.kernels)
+    if bits == 8:
+        return graph.constant(table.codes, name="codes")
+    unsigned = table.codes.to(torch.int16) + largest_code(bits)
+    return graph.constant(packing.pack(unsigned, bits).view(len(table.codes), -1), name="codes")
+
+
+def table_scale(table: Table, graph: Graph) -> Any:
+    """The scales of a table, (rows, groups)."""
+    return graph.constant(table.scale.float(), name="scale")
+
+
+def table_values(table: Table, codes: Any, scale: Any, before: Any, graph: Graph) -> Any:
+    """codes * scale of rows of a table, (*before, width)."""
+    groups, width, bits = table.scale.shape[1], table.codes.shape[1], bits_in_file(table, graph.kernels)
+    last = graph.constant(np.array([-1], dtype=np.int64), name="last")
+    if bits < 8:
+        shifts = graph.constant(np.arange(8 - bits, -1, -bits, dtype=np.uint8), name="shifts")
+        bytes_of_one = graph.node("BitShift", graph.node("Unsqueeze", codes, last), shifts, direction="RIGHT")
+        unsigned = graph.node(
+            "BitwiseAnd", bytes_of_one, graph.constant(np.array(2**bits - 1, dtype=np.uint8), name="ones")
+        )  # fmt: skip
+        offset = graph.constant(np.array(largest_code(bits), dtype=np.float32), name="offset")
+        values = graph.node("Sub", graph.node("Cast", unsigned, to=ir.DataType.FLOAT), offset)
+    else:
+        values = graph.node("Cast", codes, to=ir.DataType.FLOAT)
+    if bits == 8 and groups == 1:
+        return graph.node("Mul", values, scale)
+    by_group, flat = (
+        graph.node("Concat", before, graph.constant(np.array(sizes, dtype=np.int64), name=name), axis=0)
+        for name, sizes in (("groups", [groups, width // groups]), ("width", [width]))
+    )
+    product = graph.node("Mul", graph.node("Reshape", values, by_group), graph.node("Unsqueeze", scale, last))
+    return graph.node("Reshape", product, flat)
 
 
 def zero_points(module: IntegerLinear) -> Tensor | None:
@@ -390,7 +472,7 @@ def with_bias(module: Packed, product: Any, graph: Graph) -> Any:
 
 Lowering = Callable[[Any, Any, Graph], Any]
 LOWERINGS: dict[type, Lowering] = {
-    IntegerLinear: integer_linear, CodebookLinear: codebook_linear, FloatLinear: float_linear, Table: table_rows,
+    IntegerLinear: integer_linear, CodebookLinear: codebook_linear, FloatLinear: float_linear, Rows: table_rows,
     TiedHead: tied_head,
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
+from niwaki.compression.quantize.tables import IntegerEmbedding
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
 from niwaki.export.onnx import FILE, OPSETS, described, plain_attention, save, share_tables, traced
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 class OnnxInt8(Export):
     """y = s_x s_w (codes_x - zero_x) codes_w + bias, with s_x and zero_x drawn from the whole input.
 
-    Linears with one scale per channel keep our codes and scales. All others of the blocks (dense, in groups, of shared
-    values) and the table of the embeddings are put on a symmetric 8-bit grid, a scale per channel or row; so is an
-    output layer that is tied to it. Inputs are rounded otherwise than in the artifact, and all rows of a batch share a
-    scale, so the bound is on the scores: `tolerance`, how much of the test metric may be lost against the artifact.
+    Linears with one scale per channel, and tables with one per row, keep our codes and scales. All others of the blocks
+    (dense, in groups, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a scale per
+    channel or row; so is an output layer that is tied to it. Inputs are rounded otherwise than in the artifact, and all
+    rows of a batch share a scale, so the bound is on the scores: `tolerance`, how much of the test metric may be lost
+    against the artifact.
     """
 
     paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877; ONNX, 2017, github.com/onnx/onnx"
@@ -94,16 +96,19 @@ def has_real_zero(linear: IntegerLinear) -> bool:
 
 
 def hold_out_table(model: Any) -> dict[str, Any]:
-    """Put placeholders where the table of the embeddings stands, and an output layer that is tied to it."""
-    from niwaki.export.lowering import Placeholder, Table, TiedHead
+    """Put placeholders where the table of the embeddings stands, and an output layer that is tied to it, on an 8-bit
+    grid; none where the table is on one already, of a scale for each row."""
+    from niwaki.export.lowering import Placeholder, Rows, Table, TiedHead
 
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding:
+    ours = isinstance(embedding, IntegerEmbedding)
+    if embedding.table.scale.shape[1] == 1 if ours else type(embedding) is not nn.Embedding:
         return {}
     codes, scale = to_codes(embedding.weight.detach().float(), 8)
-    held: dict[str, Any] = {"embeddings": Table(codes.to(torch.int8), scale)}
+    table = Table("embeddings", codes.to(torch.int8), scale)
+    held: dict[str, Any] = {"embeddings": Rows(table, embedding.factor if ours else None)}
     if output is not None and output.weight is embedding.weight:
-        held["head"] = TiedHead(held["embeddings"], "embeddings", output.bias)
+        held["head"] = TiedHead(table, output.bias)
         replace_everywhere(model, output, Placeholder("head", held["head"]))
     replace_everywhere(model, embedding, Placeholder("embeddings", held["embeddings"]))
     return held

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
+from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, OfTable
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
 from niwaki.export.onnx import Logits, cause, dimensions, plain_attention, quiet_exporter
@@ -50,6 +51,7 @@ class TorchExport(Export):
         for module in list(model.modules()):
             if isinstance(module, IntegerLinear):
                 replace_everywhere(model, module, TracedIntegers(module))
+        trace_tables(model)
         to_dense(model)
         program = exported(model, example)
         torch.export.save(program, folder / FILE)
@@ -96,17 +98,17 @@ class TracedIntegers(nn.Module):
     factor: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, module: IntegerLinear) -> None:
+    def __init__(self, module: IntegerLinear | IntegerTable, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.activation_bits = module.activation_bits
-        self.integers = module.runs_on_integers and getattr(module, "zero", None) is None
+        self.activation_bits = getattr(module, "activation_bits", None)
+        self.integers = getattr(module, "runs_on_integers", False) and getattr(module, "zero", None) is None
         codes = module.integers()
         self.register_buffer("codes", codes.t().contiguous() if self.integers else codes.contiguous())
         self.register_buffer("scale", module.scale.float())
         for name in ("zero", "factor", "input_scale"):
             found = getattr(module, name, None)
             self.register_buffer(name, None if found is None else found.float())
-        self.bias = module.bias
+        self.bias = module.bias if bias is None else bias
 
     def forward(self, values: Tensor) -> Tensor:
         values = values if self.factor is None else values * self.factor
@@ -133,3 +135,31 @@ class TracedIntegers(nn.Module):
         grouped = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
         grouped = grouped if self.zero is None else grouped - self.zero[:, :, None]
         return (grouped * self.scale[:, :, None]).flatten(1)
+
+
+class TracedRows(nn.Module):
+    """What IntegerEmbedding computes, of the codes and scales of its table."""
+
+    def __init__(self, table: TracedIntegers, factor: float | None) -> None:
+        super().__init__()
+        self.table = table
+        self.factor = factor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        codes, scale = self.table.codes[tokens], self.table.scale[tokens]
+        rows = (codes.unflatten(-1, (scale.shape[-1], -1)).float() * scale[..., None]).flatten(-2)
+        return rows if self.factor is None else rows * self.factor
+
+
+def trace_tables(model: nn.Module) -> None:
+    """Put what can be traced where integer tables are read; each is there once."""
+    readers = [module for module in model.modules() if isinstance(module, OfTable)]
+    traced = {module.table: TracedIntegers(module.table) for module in readers}
+    for module in readers:
+        table = traced[module.table]
+        if isinstance(module, IntegerEmbedding):
+            replace_everywhere(model, module, TracedRows(table, module.factor))
+            continue
+        product = TracedIntegers(module.table, getattr(module, "bias", None))
+        product.codes, product.scale = table.codes, table.scale
+        replace_everywhere(model, module, product)

@@ -44,9 +44,10 @@ class FactorizedEmbedding(nn.Module):
 
 
 class FactorizedOutput(nn.Module):
-    """The output layer that is tied to factorised embeddings: logits = A (B^T h) + bias, with their A and B."""
+    """The output layer that is tied to factorised embeddings: logits = A (B^T h) + bias, with their A and B. Where A is
+    stored otherwise than as a plain table, `table` is what multiplies with it."""
 
-    def __init__(self, table: nn.Embedding, projection: nn.Linear, bias: nn.Parameter | None) -> None:
+    def __init__(self, table: nn.Module, projection: nn.Linear, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.table = table
         self.projection = projection
@@ -55,11 +56,16 @@ class FactorizedOutput(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the linear that it stands for, (tokens, width)."""
-        return self.table.weight @ self.projection.weight.T
+        table: Any = self.table
+        weight: Tensor = table.weight @ self.projection.weight.T
+        return weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         narrow = functional.linear(hidden, self.projection.weight.T)
-        return functional.linear(narrow, self.table.weight, self.bias)
+        if isinstance(self.table, nn.Embedding):
+            return functional.linear(narrow, self.table.weight, self.bias)
+        logits: Tensor = self.table(narrow)
+        return logits if self.bias is None else logits + self.bias
 
 
 def table_of(model: Any) -> nn.Embedding:

@@ -35,6 +35,11 @@ def conflict(name: str, others: Sequence[Stage]) -> str | None:
     weight = next((other for other in others if other.phase.acts_on_weights), None)
     if weight is None:
         return None
+    if not weight.acts_on_linears:
+        return (
+            f"tuning={name} with tuning.merge=false and {weight.name}: PEFT reads the base beside the adapter, and no "
+            "embeddings that are integers; set tuning.merge=true"
+        )
     return (
         f"tuning={name} with tuning.merge=false and {weight.name}: masks and grids act on the sum of base and adapter, "
         "which is not formed where the two stay apart; set tuning.merge=true"

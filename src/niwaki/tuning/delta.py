@@ -69,7 +69,7 @@ def link(model: nn.Module, targets: Mapping[str, nn.Linear], merged: Merge = plu
     for _, layer in adapters(model):
         base = layer.get_base_layer()
         if id(base) in chained and not parametrize.is_parametrized(base, "weight"):
-            stack(base, Delta(layer, merged))  # type: ignore[arg-type]
+            stack(base, Delta(layer, merged))
             layer.merged_adapters = [ADAPTER]
 
 

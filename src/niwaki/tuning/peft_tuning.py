@@ -59,7 +59,7 @@ class PeftTuning(Tuning):
         return None
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
-        weight = next((o for o in others if o.phase.acts_on_weights and o.during_fit), None)
+        weight = next((o for o in others if o.acts_on_linears and o.during_fit), None)
         if self._dropout and weight:
             return (
                 f"tuning={self.name} with tuning.dropout={self._dropout} and {weight.name}: the delta is part of the "

@@ -55,7 +55,7 @@ class QLoRA(Tuning):
         )  # fmt: skip
 
     def conflict(self, others: Sequence[Stage]) -> str | None:
-        weight = next((other for other in others if other.phase.acts_on_weights), None)
+        weight = next((other for other in others if other.acts_on_linears), None)
         if weight is None:
             return None
         return (

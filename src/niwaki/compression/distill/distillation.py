@@ -203,5 +203,5 @@ class Unhook(pl.Callback):
 
 def learns_below_head(anatomy: Anatomy) -> bool:
     """Whether something learns that changes the states of the blocks; an embedding that is tied to the head does."""
-    head = {id(p) for p in anatomy.head_parameters().values()} - {id(anatomy.embeddings.weight)}
+    head = {id(p) for p in anatomy.head_parameters().values()} - {id(p) for p in anatomy.embeddings.parameters()}
     return any(p.requires_grad and id(p) not in head for p in anatomy.model.parameters())

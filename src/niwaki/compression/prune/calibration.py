@@ -26,7 +26,7 @@ def check_calibration(rows: int, when: str, field: str) -> None:
 
 def out_of_order(stage: Stage, others: Sequence[Stage]) -> str | None:
     """Why a method that acts after the fit cannot go below one that the fit runs through, or None."""
-    above = next((o for o in others if o.phase.acts_on_weights and o.phase > stage.phase and o.during_fit), None)
+    above = next((o for o in others if o.acts_on_linears and o.phase > stage.phase and o.during_fit), None)
     if stage.during_fit or above is None:
         return None
     field = f"compression.{stage.name.rpartition('/')[2]}"

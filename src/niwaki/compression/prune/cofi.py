@@ -102,7 +102,7 @@ class CoFi(Stage):
             if isinstance(other, Structured):
                 return f"{self.name} and {other.name}: each decides which {other.kind} stay; choose one"
             grouped = getattr(other, "group", None) or getattr(other, "pattern", "unstructured") != "unstructured"
-            if grouped and other.phase.acts_on_weights:
+            if grouped and (other.acts_on_linears or (other.phase.acts_on_weights and HIDDEN in self.masks)):
                 return (
                     f"{self.name} and {other.name} with groups along the input: how many inputs a linear will have is "
                     "learned in the fit, and groups may not divide them; leave the groups out"

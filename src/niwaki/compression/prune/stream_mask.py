@@ -135,5 +135,5 @@ def cut_stream_records(context: Context, stream: Stream, kept: Sequence[int]) ->
     """Cut what the links left behind at the fold as the linears will be."""
     for name in stream.writers:
         context.records[name] = cut_record(context.records.get(name, {}), rows=kept)
-    for name in stream.readers:
+    for name in (*stream.tables, *stream.readers):
         context.records[name] = cut_record(context.records.get(name, {}), columns=kept)

@@ -115,7 +115,7 @@ class Structured(Stage):
         for other in others:
             pattern = getattr(other, "pattern", "unstructured")
             grouped = getattr(other, "group", None) or pattern != "unstructured"
-            if grouped and other.phase.acts_on_weights and (gradual or self.scope == "global"):
+            if grouped and other.acts_on_linears and (gradual or self.scope == "global"):
                 when = "schedule=cubic" if gradual else "scope=global"
                 return (
                     f"{self.name} with {when} and {other.name} with groups along the input: how many inputs a linear "

@@ -245,7 +245,7 @@ class CodebookSharing(Stage):
                     f"tuning={other.name} and {self.name} with {FIELD}.reassign={self.reassign}: no weight moves, so "
                     f"none would take another centroid; leave {FIELD}.reassign null"
                 )
-            if other.phase is Phase.QUANTIZE and other.during_fit and not self.during_fit:
+            if other.phase is Phase.QUANTIZE and other.acts_on_linears and other.during_fit and not self.during_fit:
                 return (
                     f"{self.name} with begin=1 and {other.name}: the fit would run through a grid below which the "
                     f"clusters are drawn later; set {FIELD}.begin below 1"
