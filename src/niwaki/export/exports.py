@@ -162,7 +162,9 @@ def check_texts(model: Any, runner: Writer, batch: Mapping[str, Tensor], task: T
             logits, _ = task.counted(model(**task.inputs(told)), told)
             logits = logits[place - int((ours[row] != IGNORED).sum())]
             pair = ours[row, place], theirs[row, place]
-            if min(pair) < 0 or abs(float(logits[pair[0]] - logits[pair[1]])) > bound * max(1.0, float(logits.abs().max())):
+            if min(pair) < 0 or abs(float(logits[pair[0]] - logits[pair[1]])) > bound * max(
+                1.0, float(logits.abs().max())
+            ):
                 raise ExportError(
                     f"it writes another text than the artifact, from token {place} on, in one of {len(ours)} test rows"
                 )

@@ -1,4 +1,4 @@
-"""A model as functions of tensors: whole, or, where it writes texts, a decoder with a cache, alone or behind an encoder.
+"""A model as functions of tensors: whole, or a decoder with a cache, which writes texts, alone or behind an encoder.
 
 Keys and values go in and out by the names that the field has for them (Hugging Face Optimum's): `past_key_values.0.key`
 and `present.0.key`, with `decoder.` or `encoder.` before the last part where there are both.
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         ids, mask = given
         encoded = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
-        # Nothing but the keys and values of the source is asked of the decoder, so the rest of it is no part of a graph.
+        # Only keys and values of the source are asked of the decoder, so the rest of it is no part of the graph.
         found = self.model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids[:, :1], use_cache=True)
         return tuple(tensors_of(found.past_key_values.cross_attention_cache))
 

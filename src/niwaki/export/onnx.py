@@ -64,7 +64,7 @@ class Onnx(Export):
         super().check(task, anatomy)
         if task.name not in Export.tasks and not self.cache:
             raise ConfigError(
-                f"export.onnx.cache=false: task={task.name} is done by an encoder and a decoder with a cache; needs true"
+                f"export.onnx.cache=false: task={task.name} goes by an encoder and a decoder with a cache; needs true"
             )
 
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
