@@ -48,8 +48,8 @@ class Export(abc.ABC):
             raise ConfigError(f"export={self.name}: needs {missing[0]}; pip install 'niwaki[{self.extra}]'")
         if task.name not in self.tasks:
             raise ConfigError(
-                f"export={self.name}: task={task.name} writes texts with an encoder, a decoder and a cache, which no "
-                "export has yet; leave export out"
+                f"export={self.name}: task={task.name} writes texts by an encoder and a decoder with a cache, "
+                "for which this format has no graphs; export=onnx and export=hf can"
             )
 
     @abc.abstractmethod

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from niwaki import __version__, artifact
 from niwaki.errors import UserError
 from niwaki.export.export import Export, ExportError
+from niwaki.export.runner import OnnxWriter, StepByStep, Writer
 from niwaki.measure.evaluate import evaluate
 from niwaki.measure.speed import THROUGHPUT_BATCH, speeds
+from niwaki.task.task import IGNORED
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 CARD = "export.json"
 ROWS, PARTS = 8, 4  # of the test split, on which logits are compared
+STEPS = 20  # tokens of each row that a decoder with a cache reads one at a time
 
 
 @dataclass(frozen=True)
@@ -118,19 +122,52 @@ def judged(one: Export, saved: Artifact, runner: Runner, rows: Rows) -> dict[str
     Raises:
         ExportError: its logits, or its scores, are further from those of the artifact than the method states.
     """
-    corpus, model = rows.corpus, saved.model
-    off, largest = differences(model, runner, corpus.samples("test", ROWS, PARTS), corpus)
-    bound = one.bound(model)
+    corpus, model, bound = rows.corpus, saved.model, one.bound(saved.model)
+    samples = corpus.samples("test", ROWS, PARTS)
+    off, largest = differences(model, runner, samples, corpus)
+    check_logits(off, largest, bound, "its logits")
+    if isinstance(runner, OnnxWriter):
+        stepped, _ = differences(model, StepByStep(runner, STEPS), samples, corpus)
+        check_logits(stepped, largest, bound, "its logits, token by token,")
+        off = max(off, stepped)
+    if isinstance(runner, Writer) and bound is not None:
+        check_texts(model, runner, samples[0], corpus.task, bound)
+    scores = evaluate(runner, corpus.evaluation("test"), corpus.task, saved.labels, saved.tokenizer).compute()
+    check_scores(one, one.loss_allowed(model), corpus.task, scores, rows.scores)
+    return {"test": scores, **timed(runner, model, rows), "parity": off, "bound": bound, "runtime": runner.runtime}
+
+
+def check_logits(off: float, largest: float, bound: float | None, which: str) -> None:
+    """Raise ExportError where logits are no numbers, or off by more than the bound, where there is one."""
     if not isfinite(off):
         raise ExportError("some logits are no finite numbers, and those of the artifact are")
     if bound is not None and off > bound * max(1.0, largest):
         raise ExportError(
-            f"its logits are up to {off:.3g} from those of the artifact, the largest of which is {largest:.3g}; at "
+            f"{which} are up to {off:.3g} from those of the artifact, the largest of which is {largest:.3g}; at "
             f"most {bound:g} of that is float order or rounding"
         )
-    scores = evaluate(runner, corpus.evaluation("test"), corpus.task, saved.labels, saved.tokenizer).compute()
-    check_scores(one, one.loss_allowed(model), corpus.task, scores, rows.scores)
-    return {"test": scores, **timed(runner, model, rows), "parity": off, "bound": bound, "runtime": runner.runtime}
+
+
+def check_texts(model: Any, runner: Writer, batch: Mapping[str, Tensor], task: Task, bound: float) -> None:
+    """Raise ExportError where the likeliest texts, token by token, are others than the artifact's, unless the artifact
+    itself finds the two tokens at which they part as likely, within the bound."""
+    with torch.inference_mode():
+        ours, theirs = (task.write(one, batch, num_beams=1) for one in (model, runner))
+        width = max(ours.shape[1], theirs.shape[1])
+        ours, theirs = (functional.pad(one, (0, width - one.shape[1]), value=IGNORED) for one in (ours, theirs))
+        for row in (ours != theirs).any(1).nonzero().flatten().tolist():
+            place = int((ours[row] != theirs[row]).int().argmax())
+            alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+            told = task.retold(alone, ours[row : row + 1])
+            logits, _ = task.counted(model(**task.inputs(told)), told)
+            logits = logits[place - int((ours[row] != IGNORED).sum())]
+            pair = ours[row, place], theirs[row, place]
+            if min(pair) < 0 or abs(float(logits[pair[0]] - logits[pair[1]])) > bound * max(
+                1.0, float(logits.abs().max())
+            ):
+                raise ExportError(
+                    f"it writes another text than the artifact, from token {place} on, in one of {len(ours)} test rows"
+                )
 
 
 def differences(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from niwaki.errors import ConfigError
 from niwaki.export.export import FLOAT_ORDER, Export, rounds_inputs
-from niwaki.export.runner import Runner, TorchRunner
+from niwaki.export.runner import Runner, TorchRunner, TorchWriter
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
@@ -31,6 +31,7 @@ class HuggingFace(Export):
     """
 
     paper: ClassVar[str] = "Wolf et al. 2020, arXiv:1910.03771"
+    tasks: ClassVar[tuple[str, ...]] = (*Export.tasks, "translation")
 
     weights: Literal["dense", "torchao"] = "dense"
     tolerance: float = 0.01
@@ -68,10 +69,11 @@ class HuggingFace(Export):
         import transformers
 
         card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        kind = getattr(transformers, card["class"])
-        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loads = getattr(transformers, card["class"])
+        model, report = loads.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         assert not report["missing_keys"], report
-        return TorchRunner(model.eval(), card["inputs"], f"transformers {transformers.__version__}")
+        kind = TorchWriter if model.can_generate() else TorchRunner
+        return kind(model.eval(), card["inputs"], f"transformers {transformers.__version__}")
 
     def bound(self, model: nn.Module) -> float | None:
         return None if rounds_inputs(model) else FLOAT_ORDER

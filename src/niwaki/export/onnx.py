@@ -20,14 +20,18 @@ from torch import Tensor, nn
 
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
-from niwaki.export.runner import PRECISE, OnnxRunner, Runner
-from niwaki.model.anatomy import Anatomy
+from niwaki.export.graphs import Function, decoder, encoder_and_decoder, whole
+from niwaki.export.runner import PRECISE, OnnxRunner, OnnxWriter, Runner
 from niwaki.weights import packed
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
+    from niwaki.model.anatomy import Anatomy
+    from niwaki.task.task import Task
 
 FILE = "model.onnx"
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
+WRITTEN = ("causal_lm", "translation")  # tasks whose models write texts
 LARGEST = 2**31 - 2**20  # bytes of one protobuf file; what is larger has its weights beside it
 OPSETS = (21, 25)  # that ours are written for: types of 4 bits, and of 2 bits
 LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
@@ -39,35 +43,67 @@ class Onnx(Export):
 
     `opset`: of the file, 21 or 25; null takes 21, and 25 where codes have 1 or 2 bits. `kernels`: `portable` uses
     ONNX's own operators; `onnxruntime` multiplies codes of 3 and 4 bits by MatMulNBits, which only ONNX Runtime has.
+    `cache`: what writes texts takes and gives keys and values, so that each token is one short call; of other models
+    there are none.
     """
 
     paper: ClassVar[str] = "ONNX, 2017, github.com/onnx/onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxscript")
     extra: ClassVar[str] = "onnx"
+    tasks: ClassVar[tuple[str, ...]] = (*Export.tasks, "translation")
 
     opset: int | None = None
     kernels: Literal["portable", "onnxruntime"] = "portable"
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.opset not in (None, *OPSETS):
             raise ConfigError(f"export.onnx.opset={self.opset}: needs null, 21 or 25")
 
+    def check(self, task: Task, anatomy: Anatomy) -> None:
+        super().check(task, anatomy)
+        if task.name not in Export.tasks and not self.cache:
+            raise ConfigError(
+                f"export.onnx.cache=false: task={task.name} goes by an encoder and a decoder with a cache; needs true"
+            )
+
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        from niwaki import artifact
         from niwaki.export import lowering
 
         opset = self.opset or (OPSETS[1] if fewest_bits(saved.model) <= 2 else OPSETS[0])
         model = plain_attention(saved.model)
+        functions = self.functions(saved.task, model, example)
         held = lowering.hold_out(model)
         lowering.to_plain(model)
-        graph = traced(model, example, opset)
-        lowering.lower(graph, held, opset, self.kernels)
-        lowering.check_lowered(graph)
-        share_tables(graph.graph)
-        save(graph, folder / FILE)
-        return described(graph)
+        facts = {}
+        for name, function in functions.items():
+            graph = traced(model, function, opset)
+            lowering.lower(graph, held, opset, self.kernels)
+            lowering.check_lowered(graph)
+            share_tables(graph.graph)
+            save(graph, folder / name)
+            facts[name] = described(graph)
+        if self.writes(saved.task):
+            artifact.save_settings(model, saved.tokenizer, folder)
+        return facts[FILE] if FILE in facts else {"opset": opset, "session": dict(PRECISE), "graphs": facts}
+
+    def writes(self, task: Task) -> bool:
+        """Whether what is exported has a cache."""
+        return self.cache and task.name in WRITTEN
+
+    def functions(self, task: Task, model: Any, example: Mapping[str, Tensor]) -> dict[str, Function]:
+        """What is traced, by the files that it becomes."""
+        if not self.writes(task):
+            return {FILE: whole(model, example)}
+        if not model.config.is_encoder_decoder:
+            return {FILE: decoder(model)}
+        return dict(zip((ENCODER, DECODER), encoder_and_decoder(model), strict=True))
 
     def runner(self, folder: Path) -> Runner:
-        return OnnxRunner(folder / FILE)
+        if (folder / DECODER).is_file():
+            return OnnxWriter(folder, folder / DECODER, folder / ENCODER)
+        return OnnxWriter(folder, folder / FILE) if (folder / "config.json").is_file() else OnnxRunner(folder / FILE)
 
 
 def plain_attention(model: Any) -> Any:
@@ -77,45 +113,24 @@ def plain_attention(model: Any) -> Any:
     return model
 
 
-class Logits(nn.Module):
-    """A model as a function of its inputs, in their order, that gives logits alone."""
-
-    def __init__(self, model: Any, names: list[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
-        self.settings = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-
-    def forward(self, *given: Tensor) -> Tensor:
-        logits: Tensor = self.model(**dict(zip(self.names, given, strict=True)), **self.settings).logits
-        return logits
-
-
-def dimensions(model: Any, example: Mapping[str, Tensor]) -> list[dict[int, Any]]:
-    """Rows and tokens, the same for all inputs: any number of rows, and of tokens what the model reads."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=Anatomy.of(model).positions)
-    return [{0: batch, 1: length} for _ in example]
-
-
-def traced(model: Any, example: Mapping[str, Tensor], opset: int) -> Any:
-    """The graph of a model, without what the exporter notes of our sources.
+def traced(model: Any, function: Function, opset: int) -> Any:
+    """The graph of a function of a model, without what the exporter notes of our sources.
 
     Raises:
         ExportError: the exporter cannot follow the model.
     """
-    names = list(example)
     try:
         with quiet_exporter(), torch.no_grad():
             program: Any = torch.onnx.export(
-                Logits(model, names).eval(), tuple(example.values()), dynamo=True,
-                dynamic_shapes={"given": tuple(dimensions(model, example))}, input_names=names, output_names=["logits"],
-                opset_version=opset, verbose=False,
+                function.module, function.given, dynamo=True, dynamic_shapes={"given": function.sizes},
+                input_names=function.inputs, output_names=function.outputs, opset_version=opset, verbose=False,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
     graph = program.model
-    if fixed := [value.name for value in graph.graph.inputs if any(isinstance(size, int) for size in value.shape)]:
-        raise ExportError(f"this {model.config.model_type} can only be traced for one size of {fixed[0]}")
+    for value, sizes in zip(graph.graph.inputs, function.sizes, strict=True):
+        if any(isinstance(value.shape[place], int) for place in sizes):
+            raise ExportError(f"this {model.config.model_type} can only be traced for one size of {value.name}")
     for thing in (graph, graph.graph, *graph.graph, *graph.graph.initializers.values(), *values_of(graph)):
         thing.metadata_props.clear()
         thing.doc_string = None

@@ -17,6 +17,7 @@ from niwaki.compression.quantize.integers import IntegerLinear, to_codes
 from niwaki.compression.quantize.tables import IntegerEmbedding
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
+from niwaki.export.graphs import whole
 from niwaki.export.onnx import FILE, OPSETS, described, plain_attention, save, share_tables, traced
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
@@ -55,7 +56,7 @@ class OnnxInt8(Export):
         to_8_bits(model, names)
         held = {**hold_out_table(model), **lowering.hold_out(model)}
         lowering.to_plain(model)
-        graph = traced(model, example, OPSETS[0])
+        graph = traced(model, whole(model, example), OPSETS[0])
         lowering.lower(graph, held, OPSETS[0], "dynamic")
         lowering.check_lowered(graph)
         share_tables(graph.graph)

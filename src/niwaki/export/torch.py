@@ -17,7 +17,8 @@ from niwaki.compression.quantize.integers import IntegerLinear, largest_code
 from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, OfTable
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
-from niwaki.export.onnx import Logits, cause, dimensions, plain_attention, quiet_exporter
+from niwaki.export.graphs import whole
+from niwaki.export.onnx import cause, plain_attention, quiet_exporter
 from niwaki.export.runner import Runner, TorchRunner
 from niwaki.weights import replace_everywhere, to_dense
 
@@ -75,11 +76,11 @@ def exported(model: Any, example: Mapping[str, Tensor]) -> Any:
     Raises:
         ExportError: torch cannot follow the model.
     """
+    function = whole(model, example)
     try:
         with quiet_exporter(), torch.no_grad():
             program = torch.export.export(
-                Logits(model, list(example)).eval(), tuple(example.values()),
-                dynamic_shapes={"given": tuple(dimensions(model, example))},
+                function.module, function.given, dynamic_shapes={"given": function.sizes}
             )  # fmt: skip
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
