@@ -160,7 +160,8 @@ class OnnxWriter(Writer):
     def generate(self, **settings: Any) -> Tensor:
         from niwaki.export.generation import Search
 
-        found: Tensor = Search(self).generate(**settings)
+        search: Any = Search(self)
+        found: Tensor = search.generate(**settings)
         return found
 
 

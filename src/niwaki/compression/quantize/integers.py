@@ -7,7 +7,7 @@ token, with a scale drawn from the token itself, or all with one scale that was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -135,14 +135,15 @@ def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, 
 
 
 def to_integers(
-    model: nn.Module, context: Context, layout: Layout, activation_bits: int | None, *, nearest: bool = True
-) -> list[Edit]:
-    """Replace the folded targets that have been on a grid by IntegerLinears with the codes that it recorded.
-    `nearest`: they are those nearest to the weight, so that shared values tell them."""
-    records = {name: found for name, found in context.records.items() if "codes" in found}
-    names = [name for name in context.targets if name in records]
+    model: nn.Module, context: Context, layout: Layout, activation_bits: int | None, *,
+    names: Collection[str] | None = None, nearest: bool = True,
+) -> list[Edit]:  # fmt: skip
+    """Replace the folded targets that have been on a grid, all or those of these names, by IntegerLinears with the
+    codes that it recorded. `nearest`: they are those nearest to the weight, so that shared values tell them."""
+    asked = context.targets if names is None else names
+    records = {name: context.records[name] for name in asked if "codes" in context.records.get(name, {})}
     edit = UseIntegers(
-        modules=names, bits=layout.bits, group=layout.group, activation_bits=activation_bits, zero=layout.zero,
+        modules=list(records), bits=layout.bits, group=layout.group, activation_bits=activation_bits, zero=layout.zero,
         factored=[name for name, record in records.items() if "factor" in record],
         one_scale=[name for name, record in records.items() if "input_scale" in record], of_shared=nearest,
     )  # fmt: skip

@@ -157,7 +157,7 @@ class Mixed(Stage):
             edit
             for number, names in by_bits.items()
             if names
-            for edit in to_integers(model, context, self.layout(number), None, names)
+            for edit in to_integers(model, context, self.layout(number), None, names=names)
         ]
 
 
