@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
-from niwaki.export.onnx import FILE, OPSETS, described, plain_attention, save, share_tables, traced
+from niwaki.export.onnx import FILE, OPSETS, described, keep_norms_apart, plain_attention, save, share_tables, traced
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
 from niwaki.weights import Packed, replace_everywhere
@@ -57,6 +57,7 @@ class OnnxInt8(Export):
         lowering.lower(graph, held, OPSETS[0], "dynamic")
         lowering.check_lowered(graph)
         share_tables(graph.graph)
+        keep_norms_apart(graph.graph)
         save(graph, folder / FILE)
         return described(graph)
 
