@@ -32,7 +32,6 @@ from niwaki.measure.machine import machine
 from niwaki.measure.report import markdown_table, number
 from niwaki.measure.speed import THROUGHPUT_BATCH, Inputs, rate, seconds
 from niwaki.model.anatomy import Anatomy
-from niwaki.naming import option_name
 from niwaki.recipe import Recipe
 
 SINGLES = 5  # rows of a round, one at a time; beside one batch
@@ -136,7 +135,7 @@ def of_run(recipe: Recipe, corpus: Corpus, folder: Path) -> Iterator[Contender]:
     yield Contender("artifact, compiled", folder / "model", corpus, compiled=True, bytes=size)
     for one in recipe.export.values():
         place = folder / "exports" / one.name
-        found = Contender(f"export={one.name}", place, corpus, option_name(one), dataclasses.asdict(one))
+        found = Contender(f"export={one.name}", place, corpus, one.name, dataclasses.asdict(one))
         if (place / "export.json").is_file():
             found.bytes = json.loads((place / "export.json").read_text(encoding="utf-8"))["bytes"]
         else:
