@@ -114,7 +114,7 @@ def test_help_names_the_commands_without_heavy_imports():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "HEAVY []" in said.stdout
-    names = "evaluate predict list report verify add-adapter unpack export sensitivity augment"
+    names = "evaluate predict list report verify add-adapter unpack export speed sensitivity augment"
     for name in names.split():
         assert f"\n  {name} " in said.stdout
 

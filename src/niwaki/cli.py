@@ -172,6 +172,20 @@ def export(
 
 
 @app.command()
+def speed(
+    place: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Time every form of a run's model in turns: dense, artifact, compiled, each export; a table out."""
+    quiet()
+    from niwaki.measure.speed_table import speed_command, speed_text
+
+    found = speed_command(place, repeats)
+    print(json.dumps(found, indent=1) if as_json else speed_text(found))
+
+
+@app.command()
 def sensitivity(
     place: Place,
     file: Annotated[

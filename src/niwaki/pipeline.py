@@ -64,6 +64,7 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     metrics = sides.compare(recipe, corpus, model, folder, before, facts, list(work.context.targets))
     sides.write(folder, metrics, config)  # before the exports: whatever becomes of them, these numbers stay
     failures = export(recipe, corpus, folder, metrics, config)
+    time_all(recipe, corpus, folder, metrics, config)
     fitted.close(metrics)
     console.result(metrics, folder)
     if failures:
@@ -83,6 +84,16 @@ def export(
     metrics["exports"] = sides.clean(found)
     sides.write(folder, metrics, config)
     return failures
+
+
+def time_all(recipe: Recipe, corpus: Corpus, folder: Path, metrics: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """The table of all forms of the model, where it is asked for, joins the metrics."""
+    if not recipe.measure.table:
+        return
+    from niwaki.measure.speed_table import speed_table
+
+    metrics["speed"] = sides.clean(speed_table(recipe, corpus, folder, recipe.measure.repeats))
+    sides.write(folder, metrics, config)
 
 
 def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:

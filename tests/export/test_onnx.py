@@ -25,6 +25,7 @@ from niwaki.compression.quantize.qat import QAT  # noqa: E402
 from niwaki.compression.share.codebook import CodebookSharing  # noqa: E402
 from niwaki.compression.share.layers import Layers  # noqa: E402
 from niwaki.errors import ConfigError  # noqa: E402
+from niwaki.export import runner  # noqa: E402
 from niwaki.export.export import FLIPPED, FLOAT_ORDER  # noqa: E402
 from niwaki.export.onnx import FILE, Onnx  # noqa: E402
 from niwaki.tuning.adapter import Houlsby  # noqa: E402
@@ -156,6 +157,23 @@ def wider(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.nn.functional.pad(tensor[rows], (0, 3)) for name, tensor in batch.items()}
 
 
+def test_norms_stay_apart_from_the_sums_before_them(setting: Callable[..., Any], tmp_path: Path) -> None:
+    """Of an Add before a norm ONNX Runtime makes a node that is several times slower than both."""
+    one = setting()
+    kept = saved(one, tmp_path / "model")
+    (tmp_path / "onnx").mkdir()
+    Onnx().write(artifact.load(kept.folder), one.task.inputs(one.batch()), tmp_path / "onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "onnx" / FILE, options)
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    kinds = [node.op_type for node in nodes]
+    blocks = len(one.context().anatomy.blocks)
+    assert kinds.count("LayerNormalization") == 2 * blocks + 1
+    assert "SkipLayerNormalization" not in kinds
+    assert sum(node.op_type == "Sum" and len(node.input) == 3 for node in nodes) == 2 * blocks  # with the bias
+
+
 def test_pairs_have_types_of_tokens(setting: Callable[..., Any], tmp_path: Path) -> None:
     one = setting()
     one.rows = {**one.rows, "text_pair": one.rows["text"][::-1]}
@@ -210,3 +228,33 @@ def test_integer_embeddings_are_looked_up_as_they_are_stored(
         assert np.array_equal(codes[0].ravel(), table.codes.numpy())
     floats = [sorted(tensor.dims) for tensor in held.values() if tensor.data_type == 1]
     assert sorted((table.out_features, table.in_features)) not in floats
+
+
+def test_a_cpu_that_clips_sums_is_told_not_to(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    """The setting is for CPUs without VNNI alone: it slows the others down."""
+    given: list[tuple[str, str]] = []
+    add = onnxruntime.SessionOptions.add_session_config_entry
+    monkeypatch.setattr(
+        onnxruntime.SessionOptions, "add_session_config_entry",
+        lambda options, key, value: (given.append((key, value)), add(options, key, value)),
+    )  # fmt: skip
+    for exact in (True, False):
+        monkeypatch.setattr(runner, "sums_are_exact", lambda exact=exact: exact)
+        given.clear()
+        runner.OnnxRunner(run / "exports" / "onnx" / FILE)
+        assert (("session.x64quantprecision", "1") in given) is not exact
+
+
+def test_whether_sums_are_exact_is_asked_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clipping:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.session = session(*_, **__)
+
+        def run(self, *given: Any) -> list[Any]:
+            (sums,) = self.session.run(*given)
+            assert sums.max() == 255 * 127 * 64
+            return [np.minimum(sums, 32767 * 32)]
+
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Clipping)
+    assert runner.sums_are_exact.__wrapped__() is False

@@ -82,6 +82,7 @@ class Onnx(Export):
             lowering.lower(graph, held, opset, self.kernels)
             lowering.check_lowered(graph)
             share_tables(graph.graph)
+            keep_norms_apart(graph.graph)
             save(graph, folder / name)
             facts[name] = described(graph)
         if self.writes(saved.task):
@@ -157,6 +158,30 @@ def share_tables(graph: Any) -> None:
                 graph.insert_before(graph[0], turned)
                 ir.convenience.replace_all_uses_with(other, turned.outputs[0])
                 del graph.initializers[other.name]
+
+
+def keep_norms_apart(graph: Any) -> None:
+    """Put a Sum where an Add enters a LayerNormalization: of these two ONNX Runtime makes a SkipLayerNormalization,
+    which takes several times as long as both. A bias that is added just before joins the sum."""
+    import onnx_ir as ir
+
+    for norm in list(graph):
+        added = norm.inputs[0].producer() if norm.op_type == "LayerNormalization" else None
+        if added is None or added.op_type != "Add":
+            continue
+        terms = [term for value in added.inputs for term in biased(value)]
+        total = ir.Node("", "Sum", terms, num_outputs=1)
+        ir.convenience.replace_nodes_and_values(graph, added, [added], [total], added.outputs, total.outputs)
+
+
+def biased(value: Any) -> list[Any]:
+    """The product and the bias that a value is the sum of, where nothing else reads it; else the value alone."""
+    node = value.producer()
+    if node is None or node.op_type != "Add" or len(value.uses()) > 1 or value.is_graph_output():
+        return [value]
+    product = [one.producer() for one in node.inputs]
+    plain = any(one is not None and one.op_type == "MatMul" for one in product)
+    return list(node.inputs) if plain and any(one.is_initializer() for one in node.inputs) else [value]
 
 
 def values_of(graph: Any) -> Iterator[Any]:

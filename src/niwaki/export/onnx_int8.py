@@ -18,7 +18,7 @@ from niwaki.compression.quantize.tables import IntegerEmbedding
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
 from niwaki.export.graphs import whole
-from niwaki.export.onnx import FILE, OPSETS, described, plain_attention, save, share_tables, traced
+from niwaki.export.onnx import FILE, OPSETS, described, keep_norms_apart, plain_attention, save, share_tables, traced
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
 from niwaki.weights import Packed, replace_everywhere
@@ -60,6 +60,7 @@ class OnnxInt8(Export):
         lowering.lower(graph, held, OPSETS[0], "dynamic")
         lowering.check_lowered(graph)
         share_tables(graph.graph)
+        keep_norms_apart(graph.graph)
         save(graph, folder / FILE)
         return described(graph)
 

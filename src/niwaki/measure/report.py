@@ -33,6 +33,7 @@ CONTRACT = frozenset(  # of metrics.json; what else stands there was added by me
         "per_class",
         "averages",
         "exports",
+        "speed",
         "machine",
         "threads",
         "versions",
@@ -370,6 +371,10 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         parts += ["## Compressed layers", _targets(metrics["targets"])]
     if metrics.get("exports"):
         parts += ["## Exports", exports(metrics)]
+    if metrics.get("speed"):
+        from niwaki.measure.speed_table import speed_text
+
+        parts += ["## Speed", speed_text(metrics["speed"])]
     if metrics.get("per_class"):
         parts += ["## Classes", classes(metrics)]
     parts += ["## Training", _training(metrics), "## Settings", _settings(config)]

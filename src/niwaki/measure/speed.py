@@ -19,14 +19,18 @@ THROUGHPUT_BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """`before`: whether the model is also measured as it was loaded. `repeats`: timed rounds (0 leaves speed out)."""
+    """`before`: whether the model is also measured as it was loaded. `repeats`: timed rounds (0 leaves speed out).
+    `table`: whether every form of the model is timed at last, dense and compressed, compiled and exported."""
 
     before: bool = True
     repeats: int = 20
+    table: bool = False
 
     def __post_init__(self) -> None:
         if self.repeats < 0:
             raise ConfigError(f"measure.repeats={self.repeats}: needs a whole number of at least 0")
+        if self.table and not self.repeats:
+            raise ConfigError("measure.table=true: needs measure.repeats of at least 1, or nothing is timed")
 
 
 def speeds(
