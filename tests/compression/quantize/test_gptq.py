@@ -55,7 +55,7 @@ def by_hand(weight: Tensor, inputs: Tensor, bits: int, group: int | None, symmet
         inverse = torch.linalg.inv(hessian[step:, step:])
         for i in range(rows):
             if group < width and not act_order and j % group == 0:
-                grids[i, j // group] = grid(weight[i, j : j + group].tolist())
+                grids[i, j // group] = grid(weight[i, j : j + group].masked_fill(zeros[i, j : j + group], 0.0).tolist())
             scale, zero, least, last = grids[i, j // group]
             code = zero if zeros[i, j] else min(max(round(float(weight[i, j]) / scale + zero), least), last)
             result[i, j] = (code - zero) * scale

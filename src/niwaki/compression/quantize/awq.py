@@ -34,8 +34,9 @@ class AWQ(Grouped, CalibratedGrid):
     from 0 up, below 1, the one with the least ||(Q - W) X||^2, for all linears together that read the same.
 
     `clip`: then the ends of each group's grid are drawn in, down to half, where that lowers the same error of the group
-    alone; not of queries and keys, as in the authors' code. They fold s into what comes before; here the input of each
-    linear is multiplied by 1/s, which is the same function in any model.
+    alone; not of queries and keys, as in the authors' code. They measure the error of s behind the whole attention or
+    feed-forward, and fold s into what comes before; here it is that of the formula, and the input of each linear is
+    multiplied by 1/s, which is the same function in any model.
     """
 
     paper: ClassVar[str] = "Lin et al. 2023, arXiv:2306.00978"
