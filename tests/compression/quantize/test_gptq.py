@@ -109,6 +109,33 @@ def test_inputs_that_are_never_there_break_nothing() -> None:
     assert bool(found.isfinite().all())
 
 
+def test_without_any_input_each_weight_gets_its_nearest_code() -> None:
+    linear = nn.Linear(16, 4)
+    weight = linear.weight.detach().clone()
+    found = quantized(linear, torch.zeros(40, 16), bits=4, group=None)(weight)
+    scale = weight.abs().amax(1, keepdim=True) / 7
+    torch.testing.assert_close(found, (weight / scale).round() * scale)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_what_is_pruned_stays_so_where_the_others_errors_would_bring_it_back(
+    act_order: bool, symmetric: bool, group: int | None
+) -> None:
+    """At 8 bits a code is finer than what the columns before it leave to a weight that is zero."""
+    inputs, found = correlated(60, 24), []
+    start = torch.randn(6, 24)
+    gone = torch.rand(6, 24) < 0.5
+    for least in (0.0, 1e-12):  # what is not quite zero is no pruned weight
+        linear = nn.Linear(24, 6)
+        linear.weight.data.copy_(start.masked_fill(gone, least))
+        grid = quantized(linear, inputs, bits=8, group=group, symmetric=symmetric, act_order=act_order)
+        found.append(grid(start))
+    assert not found[0][gone].any()
+    assert float((found[1][gone] != 0).float().mean()) > 0.02
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
