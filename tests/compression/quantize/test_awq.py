@@ -79,7 +79,7 @@ def test_ends_are_drawn_in_where_that_helps_the_group_alone(zero: Any) -> None:
 
 def test_ends_are_drawn_in_for_the_inputs_times_their_factor(setting: Callable[..., Any]) -> None:
     """Of the scaled weight, by the error of its outputs for what it then reads."""
-    linear, inputs = nn.Linear(32, 12, bias=False), uneven(80, 32)
+    linear, inputs = nn.Linear(32, 12, bias=False), torch.randn(80, 32) * torch.logspace(-1, 1, 32)
     weight = linear.weight.detach().clone()
     grid = quantized({"it": linear}, inputs, setting().context(), bits=3, group=16)["it"]
     assert grid.factor is not None
