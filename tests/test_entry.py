@@ -77,6 +77,31 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         ),
         (["compression=[quantize/int8,quantize/qat]"], r"quantize/int8 and quantize/qat: .*choose one"),
         (["compression=quantize/qat", "tuning=lora", "tuning.dropout=0.1"], r"tuning.dropout=0.1 and quantize/qat"),
+        (["compression=[quantize/gptq,quantize/awq]"], r"quantize/awq and quantize/gptq: each puts .*; choose one"),
+        (["compression=[quantize/gptqq]"], r"compression=quantize/gptqq: no such option; did you mean quantize/gptq\?"),
+        (
+            ["compression=quantize/gptq", "compression.gptq.actorder=true"],
+            r"gptq.actorder: no such setting; did you mean compression.gptq.act_order\?",
+        ),
+        (
+            ["compression.gptq.bits=3"],
+            r"gptq.bits: no such setting, as quantize/gptq is not chosen; add it: compression=",
+        ),
+        (["compression=quantize/hqq", "compression.hqq.bits=9"], r"hqq.bits=9: needs a whole number from 2 to 8"),
+        (["compression=quantize/hqq", "compression.hqq.bits='4'"], r"hqq.bits='4': needs a whole number"),
+        (["compression=quantize/hqq", "compression.hqq.bits=four"], r"hqq.bits='four': needs a whole number"),
+        (["compression=quantize/gptq", "compression.gptq.rows=0"], r"gptq.rows=0: needs a whole number of at least 1"),
+        *(
+            (
+                [f"compression=quantize/{name}", f"compression.{name}.group=24"],
+                rf"{name}.group=24: .* has 32 inputs, whi",
+            )
+            for name in ("weight_only", "gptq", "awq", "hqq", "ternary", "binary")
+        ),
+        (
+            ["compression=prune/heads", "compression.heads.keep=[1,2,2]", "export=hf"],
+            r"export=hf: bert\..* will have another shape than a plain bert has there, so only niwaki",
+        ),
         (["compression=distill/logits"], r"compression.logits.teacher: needs a hub name"),
         (
             ["compression=distill/logits", "compression.logits.teacher=./none"],
@@ -141,6 +166,48 @@ def test_data_that_cannot_be(rows: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "line 2" in said(f"data.validation={blank}")
     rewound = ["compression=prune/magnitude", "compression.magnitude.schedule=rewind", "trainer.max_steps=3"]
     assert re.search(r"rounds=3: a fit of \d optimizer steps has no room for them", said(*rewound)) is not None
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight may be loaded."""
+
+    def load(*_: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("niwaki.model.tiny.Tiny.load", load)
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_package_that_is_missing(
+    package: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+
+    def without(name: str, *more: Any) -> Any:
+        return None if name == package else found(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    for export in ("onnx", "onnx_int8"):
+        line = refused(["data=files", f"data.train={rows}", f"export={export}"], tmp_path / "run", capsys)
+        assert line == f"error: export={export}: needs {package}; pip install 'niwaki[onnx]'"
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_what_no_export_can_be_or_calibrate_is_said_before_a_weight_is_loaded(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, empty = tmp_path / "pairs.jsonl", tmp_path / "empty.jsonl"
+    pairs.write_text("".join(json.dumps({"source": f"a {i}", "target": f"b {i}"}) + "\n" for i in range(20)))
+    empty.write_text("")
+    translation = ["task=translation", "model=tiny-bart", "data=files", f"data.train={pairs}", "export=onnx"]
+    assert "export=onnx: task=translation writes texts" in refused(translation, tmp_path / "run", capsys)
+    for method in ("gptq", "awq", "smoothquant", "int8_static"):
+        nothing = ["data=files", f"data.train={empty}", f"compression=quantize/{method}"]
+        assert refused(nothing, tmp_path / "run", capsys) == f"error: data.train={empty}: has no rows"
 
 
 CANARY = """

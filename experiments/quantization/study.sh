@@ -9,6 +9,7 @@
 #   experiments/quantization/study.sh signs SST2                ternary weights with distillation
 #   experiments/quantization/study.sh ner CONLL                 all of these for names
 #   experiments/quantization/study.sh composed SST2             2:4, LoRA and 8 bits in one run
+#   experiments/quantization/study.sh small SST2                half the blocks, heads and neurons, and 8 bits, in one run
 #
 # SST2 and CONLL are folders with train, validation and test.jsonl. Each run on them is exported to ONNX and scored there.
 set -euo pipefail
@@ -37,9 +38,9 @@ fitted() { # BITS MORE...
     optimizer.lr=5e-3 seed=0
 }
 rows() { # STUDY COMPRESSION SEED MORE...
-  sweep jsonl "$1" "compression=[$2]" "seed=$3" 'export=[onnx]' "${task[@]}" "${@:4}"
+  sweep jsonl "$1" "compression=[$2]" "seed=$3" "export=[$exports]" "${task[@]}" "${@:4}"
 }
-dense=logs/quantization-dense seeds="0 1 2" task=(optimizer.lr=1e-4)
+dense=logs/quantization-dense seeds="0 1 2" task=(optimizer.lr=1e-4) exports=onnx
 start() { # SEED: the tuned model of that seed
   echo "model.name='$dense/seed=$1/model'"
 }
@@ -108,8 +109,20 @@ case $what in
   composed)
     rows composed prune/magnitude,quantize/int8 0 tuning=lora optimizer.lr=2e-3 "compression.magnitude.pattern='2:4'"
     ;;
+  small)
+    teacher="$dense/seed=0/model" exports=onnx,onnx_int8
+    for tuning in lora full; do
+      task=(optimizer.lr=1e-4)
+      [ $tuning = full ] || task=(optimizer.lr=2e-3)
+      rows "small-$tuning" prune/layers,prune/neurons,prune/heads,quantize/qat,distill/logits,distill/hidden 0 \
+        model=pretrained "$(start 0)" "tuning=$tuning" compression.prune_layers.by=list \
+        'compression.prune_layers.blocks=[1,3,5]' compression.neurons.ratio=0.5 compression.heads.ratio=0.5 \
+        compression.neurons.importance=taylor compression.heads.importance=taylor \
+        "compression.logits.teacher='$teacher'" trainer.max_epochs=6
+    done
+    ;;
   *)
-    echo "$what: needs stories, trained, dense, after, aware, signs, ner or composed" >&2
+    echo "$what: needs stories, trained, dense, after, aware, signs, ner, composed or small" >&2
     exit 2
     ;;
 esac

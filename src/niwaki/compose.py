@@ -380,6 +380,9 @@ def explain(error: Exception) -> str:
 def owners(key: str) -> str:
     """` of the chosen tuning; ...`: the options of a group that have a setting, or the most alike one of them all."""
     group, _, name = key.rpartition(".")
+    axis, _, chosen = group.partition(".")
+    if axis in GROUPS_OF_MANY and chosen:
+        return of_one_of_many(axis, chosen, name)
     folder = config_folder() / group
     if not group or "." in group or not folder.is_dir():
         return ""
@@ -389,6 +392,18 @@ def owners(key: str) -> str:
         return f" of the chosen {group}; these have it: {', '.join(having)}"
     close = nearest(name, sorted({str(one) for found in settings.values() for one in found}), cutoff=0.5)
     return f"; did you mean {group}.{close}?" if close else ""
+
+
+def of_one_of_many(axis: str, chosen: str, name: str) -> str:
+    """What is said of a setting that `compression.gptq` has not: the one most alike, or that gptq was not chosen."""
+    place = next((option for option in options_of(axis) if option.rpartition("/")[2] == chosen), None)
+    if place is None:
+        return ""
+    settings = [str(one) for one in OmegaConf.load(config_folder() / axis / f"{place}.yaml") if one != "_target_"]
+    if name in settings:
+        return f", as {place} is not chosen; add it: {axis}=[{place}]"
+    close = nearest(name, settings, cutoff=0.5)
+    return f"; did you mean {axis}.{chosen}.{close}?" if close else f" (there are: {', '.join(settings)})"
 
 
 def first_line(error: BaseException) -> str:

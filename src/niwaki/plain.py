@@ -10,6 +10,7 @@ import torch
 
 from niwaki import artifact, storage
 from niwaki.errors import ArtifactError
+from niwaki.weights import repeats
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -38,8 +39,12 @@ def unpack(place: Path, folder: Path) -> Path:
 
 
 def write(saved: artifact.Artifact, folder: Path) -> None:
-    """Write a dense model, its settings and its tokenizer."""
-    storage.write(artifact.unique_tensors(saved.model), folder / artifact.WEIGHTS, {})
+    """Write a dense model, its settings and its tokenizer. A block that runs several times is written as often."""
+    again = repeats(saved.model)
+    copies = {
+        name: tensor.clone() for name, tensor in saved.model.state_dict().items() if name.rpartition(".")[0] in again
+    }
+    storage.write({**artifact.unique_tensors(saved.model), **copies}, folder / artifact.WEIGHTS, {})
     artifact.save_settings(saved.model, saved.tokenizer, folder)
 
 
@@ -55,6 +60,12 @@ def shapes_of_plain(model: Any, task: Task) -> dict[str, torch.Size]:
 def foreign_names(model: Any, task: Task) -> list[str]:
     """The tensors of a model, which may be empty, that a plain one has no place for, whatever their shape."""
     return sorted(model.state_dict().keys() - shapes_of_plain(model, task).keys())
+
+
+def foreign_shapes(model: Any, task: Task) -> list[str]:
+    """The tensors of a model, which may be empty, whose shapes are not those that its config tells of."""
+    theirs = shapes_of_plain(model, task)
+    return sorted(name for name, tensor in model.state_dict().items() if theirs.get(name) != tensor.shape)
 
 
 def refuse_foreign(saved: artifact.Artifact, what: str) -> None:

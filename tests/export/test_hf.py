@@ -22,13 +22,14 @@ from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
 from niwaki.compression.quantize.weight_only import WeightOnly
 from niwaki.compression.share.codebook import CodebookSharing
+from niwaki.compression.share.layers import Layers
 from niwaki.errors import ConfigError
 from niwaki.export.export import FLOAT_ORDER, ExportError
 from niwaki.export.exports import Rows, export
 from niwaki.export.hf import HuggingFace
 from niwaki.model.anatomy import Anatomy
 from niwaki.tuning.adapter import Houlsby
-from niwaki.weights import packed
+from niwaki.weights import packed, repeats
 
 
 @pytest.fixture
@@ -52,6 +53,15 @@ def test_what_is_on_a_grid_is_read_as_the_weights_that_it_stands_for(
     inputs = rows.corpus.task.inputs(rows.corpus.samples("test", 3, 1)[0])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(**inputs).logits, kept.model(**inputs).logits, rtol=0, atol=1e-6)
+
+
+def test_a_block_that_runs_several_times_is_written_as_often(
+    setting: Callable[..., Any], tmp_path: Path, rows: Rows
+) -> None:
+    kept = saved(setting(), tmp_path / "model", Layers())
+    assert repeats(kept.model)
+    found = export(HuggingFace(), kept.folder, tmp_path / "hf", rows)
+    assert found["parity"] <= FLOAT_ORDER
 
 
 def test_where_inputs_were_rounded_the_scores_count(setting: Callable[..., Any], tmp_path: Path, rows: Rows) -> None:

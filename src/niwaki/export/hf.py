@@ -50,6 +50,11 @@ class HuggingFace(Export):
                 f"export={self.name}: {odd[0]} is not what a plain {model.config.model_type} has there, so no folder "
                 "that from_pretrained reads can hold it"
             )
+        if odd := plain.foreign_shapes(model, task):
+            raise ConfigError(
+                f"export={self.name}: {odd[0]} will have another shape than a plain {model.config.model_type} has "
+                "there, so only niwaki can read this model; leave export=hf out, or cut what its config can tell of"
+            )
 
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
         from niwaki import artifact, plain

@@ -77,6 +77,25 @@ def test_ends_are_drawn_in_where_that_helps_the_group_alone(zero: Any) -> None:
     assert not torch.allclose(scale, layout.grid_of(grouped)[0])
 
 
+def test_ends_are_drawn_in_for_the_inputs_times_their_factor(setting: Callable[..., Any]) -> None:
+    """Of the scaled weight, by the error of its outputs for what it then reads."""
+    linear, inputs = nn.Linear(32, 12, bias=False), torch.randn(80, 32) * torch.logspace(-1, 1, 32)
+    weight = linear.weight.detach().clone()
+    grid = quantized({"it": linear}, inputs, setting().context(), bits=3, group=16)["it"]
+    assert grid.factor is not None
+    read, parts = inputs * grid.factor, (weight / grid.factor).view(12, 2, 16)
+    assert float(grid.factor.max()) > 1.4 * float(grid.factor.min())
+    for row in range(12):
+        for group in range(2):
+            part, seen = parts[row, group], read[:, group * 16 : (group + 1) * 16]
+            tried = []
+            for step in range(10):
+                size = float(part.abs().max()) * (1 - 0.05 * step) / 3
+                values = (part / size).round().clamp(-3, 3) * size
+                tried.append((float(((values - part) @ seen.T).square().sum()), size))
+            assert float(grid.scale[row, group]) == pytest.approx(min(tried)[1], rel=1e-4)
+
+
 def test_queries_and_keys_keep_their_ends(setting: Callable[..., Any]) -> None:
     one = setting("llama", "causal_lm")
     context = one.context()

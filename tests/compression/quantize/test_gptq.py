@@ -55,7 +55,7 @@ def by_hand(weight: Tensor, inputs: Tensor, bits: int, group: int | None, symmet
         inverse = torch.linalg.inv(hessian[step:, step:])
         for i in range(rows):
             if group < width and not act_order and j % group == 0:
-                grids[i, j // group] = grid(weight[i, j : j + group].tolist())
+                grids[i, j // group] = grid(weight[i, j : j + group].masked_fill(zeros[i, j : j + group], 0.0).tolist())
             scale, zero, least, last = grids[i, j // group]
             code = zero if zeros[i, j] else min(max(round(float(weight[i, j]) / scale + zero), least), last)
             result[i, j] = (code - zero) * scale
@@ -107,6 +107,33 @@ def test_inputs_that_are_never_there_break_nothing() -> None:
     inputs[:, 3] = 0.0
     found = quantized(linear, inputs, bits=4, group=None)(linear.weight)
     assert bool(found.isfinite().all())
+
+
+def test_without_any_input_each_weight_gets_its_nearest_code() -> None:
+    linear = nn.Linear(16, 4)
+    weight = linear.weight.detach().clone()
+    found = quantized(linear, torch.zeros(40, 16), bits=4, group=None)(weight)
+    scale = weight.abs().amax(1, keepdim=True) / 7
+    torch.testing.assert_close(found, (weight / scale).round() * scale)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_what_is_pruned_stays_so_where_the_others_errors_would_bring_it_back(
+    act_order: bool, symmetric: bool, group: int | None
+) -> None:
+    """At 8 bits a code is finer than what the columns before it leave to a weight that is zero."""
+    inputs, found = correlated(60, 24), []
+    start = torch.randn(6, 24)
+    gone = torch.rand(6, 24) < 0.5
+    for least in (0.0, 1e-12):  # what is not quite zero is no pruned weight
+        linear = nn.Linear(24, 6)
+        linear.weight.data.copy_(start.masked_fill(gone, least))
+        grid = quantized(linear, inputs, bits=8, group=group, symmetric=symmetric, act_order=act_order)
+        found.append(grid(start))
+    assert not found[0][gone].any()
+    assert float((found[1][gone] != 0).float().mean()) > 0.02
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
 from niwaki.compression.quantize import int8_static
 from niwaki.compression.quantize.int8_static import Int8Static, Sample
 from niwaki.errors import ConfigError
+from niwaki.weights import links
 
 VALUES = torch.cat([torch.linspace(-1, 1, 1999), torch.tensor([50.0])])
 
@@ -30,6 +33,20 @@ def test_the_ranges_by_hand() -> None:
         codes = [max(-127, min(127, round(abs(value) / scale))) for value in VALUES.tolist()]
         tried.append((sum((code * scale - abs(v)) ** 2 for code, v in zip(codes, VALUES.tolist(), strict=True)), step))
     assert bound(range="mse") == pytest.approx(50.0 * min(tried)[1] / 100, rel=1e-5)
+
+
+def test_the_last_code_is_for_the_bound() -> None:
+    linear = nn.Linear(8, 3)
+    weight, values = linear.weight.detach().clone(), torch.randn(40, 8)
+    stage = Int8Static(range="min_max")
+    stage.quantize({"it": linear}, stage.statistic(values), None)  # type: ignore[arg-type]
+    grid: Any = links(linear)[-1]
+    assert float(grid.input_scale) == pytest.approx(float(values.abs().max()) / 127)
+    rounded = (values / grid.input_scale).round() * grid.input_scale
+    expected = functional.linear(rounded, grid(weight), linear.bias)
+    torch.testing.assert_close(linear(values), expected)
+    torch.testing.assert_close(linear(values * 3), functional.linear((3 * values / grid.input_scale).round().clamp(
+        -127, 127) * grid.input_scale, grid(weight), linear.bias))  # fmt: skip
 
 
 def test_a_sample_stays_small_and_even(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,16 @@ def test_the_nearest_point_of_a_grid(bits: int, group: int | None, zero: Any) ->
         assert float(found.view(5, 8)[1, 2]) == 0.0
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_whole_zero_is_one_of_the_codes(bits: int) -> None:
+    """Even of weights of one sign, far from zero: a file has no more bits for it."""
+    layout = Layout(bits=bits, zero="whole")
+    for weight in (torch.rand(4, 16) + 5, -torch.rand(4, 16) - 5):
+        _, zero = layout.grid_of(weight)
+        assert zero is not None
+        assert layout.lowest <= int(zero.min()) <= int(zero.max()) <= layout.highest
+
+
 def test_an_asymmetric_grid_by_hand() -> None:
     # 2 bits, codes -2..1; values -1 .. 2: scale 1, zero = -2 + 1 = -1
     layout = Layout(bits=2, zero="whole")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from niwaki.compression.quantize.hqq import HQQ
 from niwaki.compression.quantize.int8_static import Int8Static
 from niwaki.compression.quantize.integers import IntegerLinear
 from niwaki.compression.quantize.mixed import Mixed
-from niwaki.compression.quantize.post_training import reading_the_same
+from niwaki.compression.quantize.post_training import equal, reading_the_same
 from niwaki.compression.quantize.smoothquant import SmoothQuant
 from niwaki.compression.quantize.weight_only import WeightOnly
 from niwaki.compression.share.codebook import CodebookSharing
@@ -76,6 +78,56 @@ def test_it_is_the_merged_pruned_weight_that_is_on_the_grid(name: str, setting: 
     assert integers
     for module in integers:
         assert float((module.dequantized() == 0).float().mean()) >= 0.5
+
+
+def entering(one: Any, name: str) -> torch.Tensor:
+    """What a linear reads, without padding: (tokens, inputs)."""
+    seen: list[torch.Tensor] = []
+    handle = one.model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    one.logits()
+    handle.remove()
+    return seen[0][one.batch()["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize(
+    "stage", [GPTQ(bits=2, group=16), AWQ(bits=2, group=16), SmoothQuant(bits=3), Int8Static(bits=3)]
+)
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal_lm")])
+def test_a_later_block_is_looked_at_behind_the_quantized_ones_before_it(
+    family: str, task: str, stage: Any, setting: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was added up of the inputs of a block is what enters it when all blocks before it, and none from it on, are
+    on their grids."""
+    one, seen, quantize = setting(family, task), {}, type(stage).quantize
+
+    def look(self: Any, linears: Any, statistic: Any, context: Any) -> None:
+        seen.update(dict.fromkeys(linears, statistic))
+        quantize(self, linears, statistic, context)
+
+    context = one.context()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(stage), "quantize", look)
+        stage.prepare(one.model, context)
+    assert set(seen) == set(context.targets)
+    places = [f"{place}." for place, _, _ in context.anatomy.named_blocks()]
+    for number, place in enumerate(places):
+        name = next(name for name in seen if name.startswith(place))
+        twin, plain = setting(family, task), setting(family, task)
+        if number:
+            before = "|".join(re.escape(earlier) + ".*" for earlier in places[:number])
+            replace(stage, targets=before).prepare(twin.model, twin.context())
+        assert equal(seen[name], stage.statistic(entering(twin, name)))
+        assert equal(seen[name], stage.statistic(entering(plain, name))) == (number == 0)
+
+
+def test_what_is_no_target_stays_as_it_is(setting: Callable[..., Any]) -> None:
+    for stage in (STAGES["some"], GPTQ(group=16, targets=["feed_in", "feed_out"])):
+        one = setting()
+        quantized(one, stage)
+        found = [n for n, m in one.model.named_modules() if isinstance(m, IntegerLinear)]
+        assert len(found) == 6
+        assert all(name.endswith((".intermediate.dense", ".output.dense")) for name in found)
+        assert not [name for name in found if ".attention." in name]
 
 
 def test_layers_that_read_the_same_are_found() -> None:

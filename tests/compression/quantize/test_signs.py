@@ -28,6 +28,12 @@ def test_ternary_by_hand() -> None:
     assert grouped.tolist()[0] == pytest.approx([1.75, -1.75, 0.25, -0.25])
 
 
+def test_the_threshold_of_ternary_by_hand() -> None:
+    # mean|w| = 1: 0.72 stays, 0.68 does not
+    weight = torch.tensor([[2.0, -0.72, 0.68, 0.6], [-2.0, 0.68, 0.72, -0.6]])
+    assert SignGrid(Ternary())(weight).flatten().tolist() == pytest.approx([1.36, -1.36, 0, 0, -1.36, 0, 1.36, 0])
+
+
 def test_binary_by_hand() -> None:
     weight = torch.tensor([[2.0, -1.5, 0.3, -0.2], [0.0, 0.0, 0.0, -4.0]])
     assert SignGrid(Binary())(weight).tolist() == [[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, 1.0, -1.0]]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -53,6 +54,29 @@ def test_scales_start_where_the_paper_says() -> None:
     assert grid.inputs.learned.item() == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
     grid.enter(values * 9)
     assert grid.inputs.learned.item() == pytest.approx(2 * float(values.abs().mean()) / math.sqrt(127), rel=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 8), (3, None)])
+def test_the_gain_is_that_of_the_weights_that_share_a_step(bits: int, group: int | None) -> None:
+    """Section 2.2: 1 / sqrt(N q), N the weights of the channel or group, q the last code; of inputs, N features."""
+    weight, upstream, last = torch.randn(4, 16), torch.randn(4, 16), 2 ** (bits - 1) - 1
+    grid = TrainedGrid(weight.shape, Layout(bits=bits, group=group), "lsq", bits, "lsq", begun=True)
+    grid.begin(weight)
+    grid(weight).backward(upstream)
+    size = group or 16
+    for place, step in enumerate(grid.step.tolist()):
+        values, pulls = (one.flatten()[place * size : (place + 1) * size].tolist() for one in (weight, upstream))
+        slopes = [round(v / step) - v / step if abs(v / step) <= last else math.copysign(last, v) for v in values]
+        expected = sum(g * slope for g, slope in zip(pulls, slopes, strict=True)) / math.sqrt(size * last)
+        assert float(grid.step.grad[place]) == pytest.approx(expected, rel=1e-3, abs=1e-5)  # type: ignore[index]
+    assert grid.inputs is not None
+    values, inputs = torch.randn(2, 3, 16), grid.inputs.train()
+    found = inputs(values)
+    found.backward(torch.ones_like(found))
+    step = inputs.learned.item()
+    ratios = [v / step for v in values.flatten().tolist()]
+    of_all = sum(round(r) - r if abs(r) <= last else math.copysign(last, r) for r in ratios)
+    assert float(inputs.learned.grad) == pytest.approx(of_all / math.sqrt(16 * last), rel=1e-3, abs=1e-4)  # type: ignore[arg-type]
 
 
 def test_pact_learns_its_end_from_what_lies_beyond_it() -> None:
@@ -109,6 +133,20 @@ def test_before_its_beginning_the_fit_is_that_without_it(
         train(one.learner(effects=effects), [one.batch()] * 3, callbacks=[c for e in effects for c in e.callbacks])
         ends.append(one.logits())
     assert torch.equal(*ends)
+
+
+def test_it_begins_and_holds_at_its_steps(setting: Callable[..., Any], train: Callable[..., Any]) -> None:
+    one = setting()
+    effects = QAT(begin=0.4, freeze=0.8).prepare(one.model, context := one.context(steps=5))
+    grid: Any = links(next(iter(context.targets.values())))[0]
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append((grid.begun, grid.frozen))
+
+    train(one.learner(effects=[effects]), [one.batch()] * 5, callbacks=[*effects.callbacks, Look()])
+    assert seen == [(False, False)] * 2 + [(True, False)] * 2 + [(True, True)]  # steps 0 to 4; from 2 on, from 4 on
 
 
 @pytest.mark.parametrize("scale", ["absmax", "lsq"])

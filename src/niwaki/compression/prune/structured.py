@@ -163,6 +163,7 @@ class Structured(Stage):
             found = units_of(anatomy, self.kind)
             left = [units.count - drop for units, drop in zip(found, self._drops(found), strict=True)]
             cut_all(anatomy, {units: range(count) for units, count in zip(found, left, strict=True)})
+            tell_config(anatomy, self.kind)
 
     def needs_fit(self) -> str | None:
         if self.schedule == "one_shot":

@@ -35,8 +35,9 @@ class AWQ(Grouped, Factored):
     from 0 up, below 1, the one with the least ||(Q - W) X||^2, for all linears together that read the same.
 
     `clip`: then the ends of each group's grid are drawn in, down to half, where that lowers the same error of the group
-    alone; not of queries and keys, as in the authors' code. The factors 1/s go into what comes before the linears, or
-    are multiplied with the input of each.
+    alone; not of queries and keys, as in the authors' code. They measure the error of s behind the whole attention or
+    feed-forward; here it is that of the formula. The factors 1/s go into what comes before the linears, or are
+    multiplied with the input of each.
     """
 
     paper: ClassVar[str] = "Lin et al. 2023, arXiv:2306.00978"

@@ -15,7 +15,10 @@ from niwaki.stage import Phase, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Binary(Signs):
-    """sign(w) * mean|w|: 1 bit a weight, and no zero."""
+    """sign(w) * mean|w|: 1 bit a weight, and no zero.
+
+    The paper's gradient of a weight scales with its size and stops where |w| > 1; here it passes as it is.
+    """
 
     paper: ClassVar[str] = "Rastegari et al. 2016, arXiv:1603.05279"
     bits: ClassVar[int] = 1

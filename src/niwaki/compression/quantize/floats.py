@@ -26,7 +26,12 @@ def to_floats(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values as 8-bit floats, and their scales (..., 1), one per last axis: absmax / the largest finite value."""
     scale = values.abs().amax(-1, keepdim=True).float() / torch.finfo(dtype).max
     scale = torch.where(scale > 0, scale, 1.0)
-    return (values.float() / scale).to(dtype), scale
+    return nearest(values.float() / scale, dtype), scale
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as floats of a type, and -0.0 as 0.0, which no value on disk has to stand for."""
+    return (values.to(dtype).float() + 0.0).to(dtype)
 
 
 def scaled(dtype: torch.dtype) -> bool:
@@ -49,7 +54,7 @@ class FloatGrid(Link):
     def record(self, weight: Tensor) -> dict[str, Tensor]:
         """`floats` (out, in) of the type, and `scale` (out, 1) where there is one."""
         if not scaled(self.dtype):
-            return {"floats": weight.detach().to(self.dtype)}
+            return {"floats": nearest(weight.detach(), self.dtype)}
         floats, scale = to_floats(weight.detach(), self.dtype)
         return {"floats": floats, "scale": scale}
 

@@ -25,7 +25,9 @@ class GPTQ(Grouped, CalibratedGrid):
 
     The grid of a group is drawn from its weights when it is reached. `act_order`: the columns with the largest diagonal
     of H first, on grids that are drawn from the weights as they were, so that a group stays where it is. `columns`: the
-    updates beyond these wait and are done at once. A weight that is zero stays so, and its column's error goes on.
+    updates beyond these wait and are done at once. A weight that is zero stays so, and its column's error goes on; no
+    grid is drawn wider for it. An input that is 0 in all rows has its weights rounded to the nearest; the authors' code
+    sets them to zero.
     """
 
     paper: ClassVar[str] = "Frantar et al. 2022, arXiv:2210.17323"
@@ -73,7 +75,8 @@ def rounded(
         for column in range(stop - start):
             place = int(places[start + column]) // group
             if drawn_on_the_way and (start + column) % group == 0:
-                drawn, middle = layout.grid_of(part[:, column : column + group])
+                nothing_there = zeros[:, start + column : start + column + group]
+                drawn, middle = layout.grid_of(part[:, column : column + group].masked_fill(nothing_there, 0.0))
                 scale[:, place] = drawn[:, 0]
                 if zero is not None and middle is not None:
                     zero[:, place] = middle[:, 0]

@@ -21,7 +21,8 @@ class HQQ(PostTraining):
 
     `group`: neighbouring inputs of a channel with a scale and a zero; null for the whole channel. `norm`: p. `beta`,
     which grows by `kappa` each time: how little is shrunk. `steps`: at most so many turns; it stops when the mean error
-    does not fall. A weight that is zero stays so: where a linear has some, its zeros are rounded.
+    does not fall, with the zeros of the least one. A grid begins with zero in its range, as all here. A weight that is
+    zero stays so: where a linear has some, its zeros are rounded.
     """
 
     paper: ClassVar[str] = "Badri & Shaji 2023"

@@ -136,22 +136,35 @@ def put_on_grid(targets: Mapping[str, nn.Linear], bits: int, group: int | None, 
 
 def to_integers(
     model: nn.Module, context: Context, layout: Layout, activation_bits: int | None, *,
-    names: Collection[str] | None = None, nearest: bool = True,
+    names: Collection[str] | None = None,
 ) -> list[Edit]:  # fmt: skip
     """Replace the folded targets that have been on a grid, all or those of these names, by IntegerLinears with the
-    codes that it recorded. `nearest`: they are those nearest to the weight, so that shared values tell them."""
+    codes that it recorded."""
     asked = context.targets if names is None else names
     records = {name: context.records[name] for name in asked if "codes" in context.records.get(name, {})}
     edit = UseIntegers(
         modules=list(records), bits=layout.bits, group=layout.group, activation_bits=activation_bits, zero=layout.zero,
         factored=[name for name, record in records.items() if "factor" in record],
-        one_scale=[name for name, record in records.items() if "input_scale" in record], of_shared=nearest,
+        one_scale=[name for name, record in records.items() if "input_scale" in record],
+        own_codes=[name for name, record in records.items() if needs_codes(model.get_submodule(name), record, layout)],
     )  # fmt: skip
     edit.apply(model)
     for name, record in records.items():
         integer: Any = model.get_submodule(name)
         integer.store(**record)
     return [edit]
+
+
+def needs_codes(linear: nn.Module, record: Mapping[str, Tensor], layout: Layout) -> bool:
+    """Whether the codes of a linear that is packed already (shared values) have to be stored: they are not those
+    nearest to its values, as of a method with a rule of its own, or they take no more bytes than it does."""
+    if not isinstance(linear, Packed):
+        return False
+    codes, scale, zero = record["codes"], record["scale"][..., None], record.get("zero")
+    zero = None if zero is None else zero[..., None]
+    made = layout.codes_of(layout.grouped(linear.dequantized()), scale, zero).view(codes.shape)
+    held = sum(buffer.numel() * buffer.element_size() for buffer in linear.buffers())
+    return -(-codes.numel() * layout.bits // 8) <= held or not torch.equal(made.to(torch.int8), codes)
 
 
 def pack(codes: Tensor, layout: Layout) -> Tensor:
@@ -169,7 +182,7 @@ def unpack(packed: Tensor, layout: Layout, shape: tuple[int, int]) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class UseIntegers(Edit):
     """Linears become IntegerLinears of one layout. One that is stored in another way already (shared values) stays
-    stored so, where they tell its codes, which are then made when they are needed."""
+    stored so, and its codes are made when they are needed, unless it is among `own_codes`."""
 
     carried: ClassVar[bool] = False  # another training starts from dense weights
 
@@ -180,16 +193,16 @@ class UseIntegers(Edit):
     zero: Zero = "none"
     factored: list[str] = field(default_factory=list)  # those whose input is multiplied by a factor for each channel
     one_scale: list[str] = field(default_factory=list)  # those whose activations all have one scale
-    of_shared: bool = True  # whether linears of shared values stay so
+    own_codes: list[str] = field(default_factory=list)  # those that hold their codes, however they were stored before
 
     def apply(self, model: nn.Module) -> None:
         for name in self.modules:
             linear: Any = model.get_submodule(name)
-            shared = linear if self.of_shared and isinstance(linear, Packed) else None
+            keeps = isinstance(linear, Packed) and name not in self.own_codes
             integer = IntegerLinear(
                 linear.in_features, linear.out_features, bits=self.bits, group=self.group, zero=self.zero,
                 activation_bits=self.activation_bits, bias=linear.bias, factored=name in self.factored,
-                one_scale=name in self.one_scale, shared=shared,
+                one_scale=name in self.one_scale, shared=linear if keeps else None,
             )  # fmt: skip
             integer.dense = getattr(linear, "dense", type(linear))
             replace_module(model, name, integer)

@@ -98,4 +98,4 @@ class Signs(Stage):
         return Effects()
 
     def finalize(self, model: nn.Module, context: Context) -> list[Edit]:
-        return to_integers(model, context, self.layout, self.activation_bits, nearest=False)
+        return to_integers(model, context, self.layout, self.activation_bits)

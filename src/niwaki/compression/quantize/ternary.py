@@ -15,7 +15,9 @@ from niwaki.compression.quantize.signs import Signs
 class Ternary(Signs):
     """sign(w) * a where |w| > d, else 0, with d = 0.7 mean|w| and a the mean of |w| above it: 2 bits a weight.
 
-    TernaryBERT draws one size for a whole linear; here each output channel, or each group, has its own.
+    TernaryBERT draws one size for a whole linear; here each output channel, or each group, has its own. It rounds
+    activations to 8 bits between the least and the greatest of all, and the embeddings too; here each token has a
+    range around 0, and embeddings stay.
     """
 
     paper: ClassVar[str] = "Li et al. 2016, arXiv:1605.04711; Zhang et al. 2020, arXiv:2009.12812"

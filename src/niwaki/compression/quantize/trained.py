@@ -71,7 +71,7 @@ class InputGrid(nn.Module):
     """One learned scale for all that enters a linear, drawn from the first batch of the fit that runs through it.
 
     lsq: the step s itself learns. pact: clip(x, -a, a) with a learned end a, and s = a / q; the gradient of a is that
-    of what lies beyond it. PACT's activations are positive, these lie around 0.
+    of what lies beyond it, without the paper's decay of a. PACT's activations are positive, these lie around 0.
     """
 
     def __init__(self, bits: int, kind: InputScale) -> None:
