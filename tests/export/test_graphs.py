@@ -112,7 +112,9 @@ def check_holds_once(one: Any, kept: Any, folder: Path) -> None:
 
 def test_a_text_that_goes_on_otherwise_is_refused(setting: Callable[..., Any]) -> None:
     """Unless the artifact itself finds both tokens as likely."""
-    one, other = setting("llama", "causal_lm"), setting("llama", "causal_lm", seed=1)
+    one, other = setting("llama", "causal_lm"), setting("llama", "causal_lm")
+    with torch.no_grad():
+        other.model.model.norm.weight.neg_()  # the least likely token is the likeliest
     batch = one.batch()
     check_texts(one.model, one.model, batch, one.task, 1e-4)
     with pytest.raises(
