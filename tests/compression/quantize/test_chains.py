@@ -21,18 +21,22 @@ from niwaki.stage import Phase
 from niwaki.tuning.delta import adapters
 from niwaki.weights import entering, links
 
-OPTIONS = [name for name in names("compression") if name.startswith("quantize/")]
+ELSEWHERE = ("quantize/bf16", "quantize/embeddings", "quantize/float8")  # no integers of linears: their own tests
+OPTIONS = [name for name in names("compression") if name.startswith("quantize/") and name not in ELSEWHERE]
 SETTINGS: dict[str, list[str]] = {  # of the methods that show more than their defaults do, without "compression."
     "quantize/weight_only": ["weight_only.bits=3", "weight_only.group=16", "weight_only.symmetric=false"],
     "quantize/gptq": ["gptq.bits=3", "gptq.group=16", "gptq.rows=9"],
-    "quantize/awq": ["awq.group=16", "awq.rows=9"],
+    "quantize/awq": ["awq.group=16", "awq.rows=9", "awq.fold=false"],
     "quantize/hqq": ["hqq.group=16"],
-    "quantize/smoothquant": ["smoothquant.rows=9"],
+    "quantize/smoothquant": ["smoothquant.rows=9", "smoothquant.fold=false"],
     "quantize/int8_static": ["int8_static.rows=9"],
+    "quantize/mixed": ["mixed.bits=4", "mixed.group=16", "mixed.rows=9"],
     "quantize/qat": ["qat.bits=4", "qat.group=16"],
 }
 WITHOUT_ZERO = ("quantize/binary",)  # a weight is a sign there
-BY_ITSELF = ("quantize/awq", "quantize/gptq", "quantize/int8_static", "quantize/smoothquant")  # each weight's own code
+BY_ITSELF = tuple(  # each weight's own code
+    f"quantize/{method}" for method in ("awq", "gptq", "int8_static", "mixed", "smoothquant")
+)
 
 
 @pytest.fixture(scope="module")
