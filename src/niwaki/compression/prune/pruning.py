@@ -10,7 +10,7 @@ from torch import nn
 
 from niwaki.compression.prune.mask import Mask, mask_targets
 from niwaki.compression.prune.pattern import Pattern, Scope, Selection
-from niwaki.compression.prune.targets import Targets, by_name, check_targets, chosen
+from niwaki.compression.targets import Targets, by_name, check_targets, chosen
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Phase, Stage, Tuning

@@ -15,7 +15,7 @@ from niwaki.compression.prune.mask import cubic, mask_targets
 from niwaki.compression.prune.movement import ScoredMask, check_factor, learned_in_a_fit, score_rates
 from niwaki.compression.prune.pattern import keep_largest
 from niwaki.compression.prune.pruning import Span
-from niwaki.compression.prune.targets import Targets, check_targets, chosen
+from niwaki.compression.targets import Targets, check_targets, chosen
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Effects, Phase, Stage

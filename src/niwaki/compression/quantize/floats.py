@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from niwaki.compression.prune.targets import Targets, check_targets, chosen
+from niwaki.compression.targets import Targets, check_targets, chosen
 from niwaki.edits import Edit
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Effects, Phase, Stage

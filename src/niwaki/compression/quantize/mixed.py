@@ -27,11 +27,11 @@ from niwaki.compression.calibration import (
     to_device,
 )
 from niwaki.compression.distill.divergence import kl
-from niwaki.compression.prune.targets import Targets, check_targets, chosen
 from niwaki.compression.quantize.gptq import GPTQ, rounded
 from niwaki.compression.quantize.integers import to_integers
 from niwaki.compression.quantize.layout import Layout, check_bits
 from niwaki.compression.quantize.post_training import nearest, reading_the_same, several_codes
+from niwaki.compression.targets import Targets, check_targets, chosen
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.calibration import block_by_block, check_rows
-from niwaki.compression.prune.targets import Targets, check_targets, chosen
 from niwaki.compression.quantize.integers import FixedGrid, to_integers
 from niwaki.compression.quantize.layout import Layout, check_bits
+from niwaki.compression.targets import Targets, check_targets, chosen
 from niwaki.edits import Edit
 from niwaki.model.anatomy import Anatomy
 from niwaki.stage import Context, Effects, Phase, Stage

@@ -8,10 +8,10 @@ from typing import ClassVar, get_args
 
 from torch import nn
 
-from niwaki.compression.prune.targets import Targets, check_targets, chosen
 from niwaki.compression.quantize.integers import put_on_grid, to_integers
 from niwaki.compression.quantize.layout import Layout, check_bits
 from niwaki.compression.quantize.trained import EnterGrid, GridSchedule, InputScale, TrainedGrid, WeightScale
+from niwaki.compression.targets import Targets, check_targets, chosen
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
