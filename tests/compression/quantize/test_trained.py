@@ -209,3 +209,19 @@ def test_refusals(fields: dict[str, Any], said: str) -> None:
 def test_without_a_fit_there_is_nothing_to_learn() -> None:
     assert QAT().needs_fit() is None
     assert str(QAT(scale="lsq").needs_fit()).startswith("compression.qat.scale=lsq: needs a fit")
+
+
+@pytest.mark.parametrize("fields", [{}, {"scale": "lsq"}])
+def test_targets_alone_go_onto_the_grid(setting: Callable[..., Any], fields: dict[str, Any]) -> None:
+    """So a group has to divide the inputs of those alone."""
+    one = setting("llama", "causal_lm", overrides={"intermediate_size": 60})
+    context = one.context()
+    stage = QAT(bits=4, group=8, targets=["query", "feed_in"], **fields)
+    stage.check(context.anatomy, context.targets)
+    with pytest.raises(ConfigError, match=r"down_proj has 60 inputs, which it does not divide"):
+        QAT(bits=4, group=8, **fields).check(context.anatomy, context.targets)
+    stage.prepare(one.model, context)
+    context.records.update(fold(context.targets))
+    stage.finalize(one.model, context)
+    kinds = {name.rpartition(".")[2] for name, module in one.model.named_modules() if isinstance(module, IntegerLinear)}
+    assert kinds == {"q_proj", "up_proj"}
