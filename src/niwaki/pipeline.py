@@ -64,7 +64,8 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     metrics = sides.compare(recipe, corpus, model, folder, before, facts, list(work.context.targets))
     sides.write(folder, metrics, config)  # before the exports: whatever becomes of them, these numbers stay
     failures = export(recipe, corpus, folder, metrics, config)
-    time_all(recipe, corpus, folder, metrics, config)
+    if not failures:
+        time_all(recipe, corpus, folder, metrics, config)
     fitted.close(metrics)
     console.result(metrics, folder)
     if failures:

@@ -38,6 +38,11 @@ class Packed(nn.Module, abc.ABC):
         """What multiplies its weight."""
         return "fp32, dequantized"
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what enters it is rounded."""
+        return bool(getattr(self, "activation_bits", None))
+
     @abc.abstractmethod
     def dequantized(self) -> Tensor:
         """The weight that the codes stand for, fp32 (out, in)."""

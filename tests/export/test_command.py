@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_rows(folder, count=40)["classification"]
     config = compose.compose([
         "data=files", f"data.train={path}", "model=tiny-bert", "trainer.precision=fp32", "trainer.max_steps=1",
-        "logger=none", "callbacks=[]", "measure=scores",
+        "logger=none", "callbacks=[]", "measure=scores", "compression=quantize/weight_only",
     ]).config  # fmt: skip
     pipeline.run(compose.build(config), folder, config)
     return folder
@@ -61,7 +61,13 @@ def test_a_folder_that_is_there_is_left_alone(run: Path, tmp_path: Path) -> None
         export_command(run, None, {}, "hf", [], tmp_path, 0, 8)
 
 
+def test_a_value_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"^--set opset=\[: \[ is no value"):
+        chosen("onnx", ["opset=["])
+
+
 def test_an_artifact_goes_out(run: Path, tmp_path: Path) -> None:
+    """Of integers too, which a plain folder has as the weights that they stand for."""
     found = export_command(run, None, {}, "hf", [], tmp_path / "hf", 0, 8)
     assert found["parity"] < 1e-5
     assert (tmp_path / "hf" / "model.safetensors").is_file()

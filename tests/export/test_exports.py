@@ -19,12 +19,12 @@ from niwaki.data.corpus import Corpus
 from niwaki.errors import ConfigError
 from niwaki.export.command import rows_of
 from niwaki.export.export import FLIPPED, FLOAT_ORDER, Export, ExportError
-from niwaki.export.exports import CARD, Rows, example, export, export_all
+from niwaki.export.exports import CARD, Rows, centred, check_scores, example, export, export_all
 from niwaki.export.runner import Runner
 
 
 class InTorch(Runner):
-    """The artifact itself, something added to its logits."""
+    """The artifact itself, something added to its first logit and taken off its second."""
 
     runtime = "torch"
 
@@ -33,7 +33,9 @@ class InTorch(Runner):
         self.model, self.added, self.factor = [model], added, factor
 
     def logits(self, given: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = self.model[0](**given).logits * self.factor + self.added
+        logits: Tensor = self.model[0](**given).logits * self.factor
+        logits[..., 0] += self.added
+        logits[..., 1] -= self.added
         return logits
 
 
@@ -125,6 +127,7 @@ def test_it_is_timed_in_turns_with_the_artifact(run: Path, rows: Rows, tmp_path:
     ("settings", "said"),
     [
         ({"added": 9.0}, r"its logits are up to 9 from those of the artifact, the largest of which is \d+\.\d+;"),
+        ({"added": 0.06}, r"its logits are in the middle 0\.06 from those of the artifact, the largest of which is"),
         ({"added": float("nan")}, "some logits are no finite numbers"),
         ({"error": RuntimeError("no such operator\nsecond line")}, "RuntimeError: no such operator$"),
         ({"error": ExportError("cannot be traced")}, "cannot be traced$"),
@@ -145,7 +148,7 @@ def test_one_that_is_not_good_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("settings", "found"),
-    [({"added": 0.04}, 0.04), ({"tolerance": 0.01, "added": 1.0}, 1.0), ({"factor": 1.0001}, 0.0)],
+    [({"added": 0.02}, 0.02), ({"tolerance": 0.01, "added": 1e-3}, 1e-3), ({"factor": 1.0001}, 0.0)],
 )  # fmt: skip
 def test_what_is_within_the_bound_is_good(
     run: Path, rows: Rows, tmp_path: Path, settings: dict[str, Any], found: float
@@ -249,3 +252,22 @@ def test_missing_inputs_are_those_of_one_text_that_is_seen_whole(run: Path) -> N
     assert {name: tensor.tolist() for name, tensor in seen.items()} == {
         "input_ids": [[5, 6]], "attention_mask": [[1, 1]], "token_type_ids": [[0, 0]],
     }  # fmt: skip
+
+
+def test_a_shift_of_all_logits_is_no_difference() -> None:
+    """Softmax does not mind it, and a bound that is a share of the largest logit must not grow with it."""
+    logits = torch.tensor([[-100.0, -101.0, -102.0]])
+    torch.testing.assert_close(centred(logits), torch.tensor([[1.0, 0.0, -1.0]]))
+    assert centred(torch.tensor([[3.0]])).tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "theirs", "good"),
+    [("max", 82.0, 81.5, True), ("max", 82.0, 81.0, False), ("min", 5.36, 5.40, True), ("min", 5.36, 5.45, False)],
+)
+def test_a_tolerance_is_a_share_of_the_score(mode: str, ours: float, theirs: float, good: bool) -> None:
+    task: Any = SimpleNamespace(metric="score", mode=mode)
+    if good:
+        return check_scores(Same(), 0.01, task, {"score": theirs}, {"score": ours})
+    with pytest.raises(ExportError, match=r"tolerance=0\.01 of it may be lost"):
+        check_scores(Same(), 0.01, task, {"score": theirs}, {"score": ours})

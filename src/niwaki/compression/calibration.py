@@ -137,7 +137,19 @@ def block_by_block(
             silent = [name for name in names if name not in found]
             if silent:
                 raise ConfigError(f"{field}: nothing enters {silent[0]} when the model runs; leave it out by targets")
+            odd = [name for name, total in found.items() if not finite(total)]
+            if odd:
+                raise ConfigError(
+                    f"{field}: what enters {odd[0]} is not finite on the training rows, or its sums are not"
+                )
             act(found)
+
+
+def finite(statistic: Any) -> bool:
+    """Whether the tensors of a statistic, or of its fields, hold numbers alone."""
+    if isinstance(statistic, Tensor):
+        return bool(statistic.isfinite().all())
+    return all(finite(field) for field in vars(statistic).values()) if hasattr(statistic, "__dict__") else True
 
 
 @contextmanager

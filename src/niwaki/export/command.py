@@ -34,7 +34,7 @@ def export_command(
         raise ConfigError(f"--output {output}: exists already; name a folder that does not")
     folder = find_artifact(place)
     saved = artifact.load(folder)
-    one.check(saved.task, Anatomy.of(saved.model))
+    one.check(saved.task, Anatomy.of(artifact.load_merged(folder).model))
     corpus = rows_of(place, file, columns, saved, batch_size)
     scores = evaluate(saved.model, corpus.evaluation("test"), saved.task, saved.labels, saved.tokenizer).compute()
     return export(one, folder, output, Rows(corpus, scores, repeats))
@@ -57,7 +57,10 @@ def chosen(to: str, settings: Sequence[str]) -> Export:
         name, equal, value = setting.partition("=")
         if not equal:
             raise ConfigError(f"--set {setting}: needs SETTING=VALUE")
-        node[name] = yaml.safe_load(value)
+        try:
+            node[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: {value} is no value ({error.args[0] or 'YAML'})") from error
     compose.check_settings(f"export.{to}", node)
     kind: Any = resolve(node.pop("_target_"), (Export,))
     found: Export = kind(**node)

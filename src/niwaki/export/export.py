@@ -62,11 +62,12 @@ class Export(abc.ABC):
         """What was written, loaded by its own runtime."""
 
     def bound(self, model: nn.Module) -> float | None:
-        """How far logits may be off, of the largest one where that is above 1; None where only the scores count."""
+        """How far logits may be off, of the largest one where that is above 1, each less the mean of its position; None
+        where only the scores count."""
         return FLIPPED if rounds_inputs(model) else FLOAT_ORDER
 
     def loss_allowed(self, model: nn.Module) -> float | None:
-        """How much of the task's metric may be lost on the test rows; None where the logits count."""
+        """What share of the task's metric may be lost on the test rows; None where the logits count."""
         return None
 
 
@@ -74,4 +75,4 @@ def rounds_inputs(model: nn.Module) -> bool:
     """Whether a linear of an artifact rounds what it reads."""
     from niwaki.weights import packed
 
-    return any(getattr(module, "activation_bits", None) for _, module in packed(model))
+    return any(module.rounds_inputs for _, module in packed(model))

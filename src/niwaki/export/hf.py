@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import ConfigError
-from niwaki.export.export import FLOAT_ORDER, Export, rounds_inputs
+from niwaki.export.export import FLOAT_ORDER, Export, ExportError, rounds_inputs
 from niwaki.export.runner import Runner, TorchRunner, TorchWriter
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class HuggingFace(Export):
     """Zeros as zeros, integers as the weights that they stand for, adapters merged; no input is rounded any more.
 
     `weights`: dense; torchao keeps the codes and scales of integers, in memory too, and needs torchao to be read.
-    `tolerance`: how much of the test metric may be lost where the artifact rounds inputs; else the logits are its own.
+    `tolerance`: what share of the test metric may be lost where the artifact rounds inputs; else the logits are its own.
     """
 
     paper: ClassVar[str] = "Wolf et al. 2020, arXiv:1910.03771"
@@ -76,7 +76,8 @@ class HuggingFace(Export):
         card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         loads = getattr(transformers, card["class"])
         model, report = loads.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        assert not report["missing_keys"], report
+        if report["missing_keys"]:
+            raise ExportError(f"transformers finds no {min(report['missing_keys'])} in the folder")
         kind = TorchWriter if model.can_generate() else TorchRunner
         return kind(model.eval(), card["inputs"], f"transformers {transformers.__version__}")
 

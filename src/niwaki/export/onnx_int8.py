@@ -34,8 +34,8 @@ class OnnxInt8(Export):
     Linears with one scale per channel, and tables with one per row, keep our codes and scales. All others of the blocks
     (dense, in groups, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a scale per
     channel or row; so is an output layer that is tied to it. Inputs are rounded otherwise than in the artifact, and all
-    rows of a batch share a scale, so the bound is on the scores: `tolerance`, how much of the test metric may be lost
-    against the artifact.
+    rows of a batch share a scale, so the bound is on the scores: `tolerance`, what share of the artifact's test
+    metric may be lost.
     """
 
     paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877; ONNX, 2017, github.com/onnx/onnx"

@@ -223,6 +223,13 @@ def count_memory(given: Mapping[str, Any]) -> float:
     for runtime in ("onnxruntime", *(("torch._inductor.compile_fx",) if given["compiled"] else ())):
         if importlib.util.find_spec(runtime.partition(".")[0]):
             importlib.import_module(runtime)
+    if given["format"] is not None:  # what reads a setting, and what asks the runtime how it sums
+        from niwaki.export.command import chosen
+        from niwaki.export.runner import sums_are_exact
+
+        chosen(given["format"], [])
+        if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+            sums_are_exact()
     torch.ones(64, 64) @ torch.ones(64, 64)
     before = resident_mb()
     model = load(given["folder"], given["format"], given["settings"], compiled=given["compiled"])
@@ -249,8 +256,9 @@ def speed_text(table: Mapping[str, Any]) -> str:
     lengths = table["lengths"]
     note = (
         f"{table['machine']}, {table['threads']} threads; {table['rounds']} rounds in turns; test rows of "
-        f"{lengths['mean']:.0f} tokens on average, batches of {lengths['of_batches']:.0f}. Memory: what loading and "
-        "running the model adds to a fresh process."
+        f"{lengths['mean']:.0f} tokens on average, batches of {lengths['of_batches']:.0f}; one pass each, of what writes "
+        "texts too; ONNX Runtime's threads do not spin while they wait. Memory: what loading and running the model adds "
+        "to a fresh process."
     )
     problems = [f"{row['name']}: {row['problem']}" for row in rows if row["problem"]]
     return "\n\n".join([markdown_table(header, shown), note, *problems])

@@ -107,7 +107,7 @@ def test_what_is_stored_is_what_was_trained(
     one = setting(family, task)
     context, stage = one.context(steps=4), QAT(**fields)
     effects = stage.prepare(one.model, context)
-    assert effects.settled == round(4 * fields.get("begin", 0.0))
+    assert effects.settled == (round(4 * fields["begin"]) + 1 if fields.get("begin") else 0)
     train(one.learner(effects=[effects]), [one.batch()] * 4, callbacks=effects.callbacks)
     trained = one.logits()
     for linear in context.targets.values():
@@ -204,6 +204,25 @@ def test_scales_of_a_linear_that_rests_rest_too() -> None:
 def test_refusals(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=rf"^compression\.qat\.{said}"):
         QAT(**fields)
+
+
+@pytest.mark.parametrize("field", ["begin", "freeze"])
+def test_something_of_the_fit_comes_after_a_change(field: str) -> None:
+    QAT(**{field: 0.9}).check_steps(40)
+    with pytest.raises(ConfigError, match=rf"^compression\.qat\.{field}=0\.99: no step of a fit of 40 optimizer steps"):
+        QAT(**{field: 0.99}).check_steps(40)
+
+
+def test_a_step_comes_back_from_below_zero() -> None:
+    """An optimizer may overshoot: a learned size is |step|, which has a gradient on both sides."""
+    grid = TrainedGrid(torch.Size((1, 8)), Layout(bits=4), "lsq", None, "token", begun=True)
+    with torch.no_grad():
+        grid.step.fill_(-0.01)
+    weight = torch.randn(1, 8)
+    assert float(grid(weight).detach().abs().max()) == pytest.approx(0.07)
+    grid(weight).square().sum().backward()
+    assert grid.step.grad is not None
+    assert float(grid.step.grad.abs()) > 0
 
 
 def test_without_a_fit_there_is_nothing_to_learn() -> None:

@@ -63,10 +63,9 @@ class AWQ(Grouped, Factored):
         at_run_time: bool,
     ) -> None:  # fmt: skip
         gram = statistic.gram * factor[:, None] * factor
-        compared = set(context.anatomy.part_names(("query", "key")))
         for name, linear in linears.items():
             scaled = self.layout.grouped(linear.weight.detach().float() / factor)
-            clips = self.clip and name not in compared
+            clips = self.clip and not {"query", "key"} & set(context.anatomy.parts_of(name))
             grid = drawn_in(scaled, gram, self.layout) if clips else self.layout.grid_of(scaled)
             own = factor if at_run_time else None
             stack(linear, with_codes(linear.weight.shape, self.layout, scaled, *grid, factor=own))

@@ -202,6 +202,16 @@ class FloatLinear(Packed):
                 setattr(self, name, tensor.to(after.device))
         return moved
 
+    @property
+    def kernel(self) -> str:
+        """What multiplies, where the linear is now."""
+        return "float8 x float8, torch._scaled_mm" if self.rounds_inputs and runs_in_float8(self) else super().kernel
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what enters it is rounded."""
+        return self.activations
+
     def dequantized(self) -> Tensor:
         """floats * scale, (out, in), bit for bit the folded weight."""
         return values_of(self.floats, self.scale)

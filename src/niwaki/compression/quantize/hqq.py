@@ -22,7 +22,7 @@ class HQQ(PostTraining):
     `group`: neighbouring inputs of a channel with a scale and a zero; null for the whole channel. `norm`: p. `beta`,
     which grows by `kappa` each time: how little is shrunk. `steps`: at most so many turns; it stops when the mean error
     does not fall, with the zeros of the least one. A grid begins with zero in its range, as all here. A weight that is
-    zero stays so: where a linear has some, its zeros are rounded.
+    zero stays so: where a group has one, the zero of its grid is rounded.
     """
 
     paper: ClassVar[str] = "Badri & Shaji 2023"
@@ -54,8 +54,8 @@ class HQQ(PostTraining):
         scale, zero = self.layout.grid_of(grouped)
         assert zero is not None
         zero = self.best_zero(grouped, scale, zero)
-        if bool((weight == 0).any()):
-            zero = zero.round().clamp(self.layout.lowest, self.layout.highest)
+        whole = zero.round().clamp(self.layout.lowest, self.layout.highest)
+        zero = torch.where((grouped == 0).any(-1, keepdim=True), whole, zero)
         return with_codes(weight.shape, self.layout, grouped, scale, zero)
 
     def best_zero(self, grouped: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -22,18 +22,24 @@ KEPT = 2**18  # values of a linear's inputs that a range is found from
 
 @dataclass
 class Sample:
-    """The largest |x|, and some of all: every so many, never more than twice `KEPT`."""
+    """The largest |x|, and up to `KEPT` of all `count` of them, drawn at random: every so many would be those of a few
+    channels."""
 
     largest: Tensor
     values: Tensor
-    every: int = 1
+    count: int
 
     def __add__(self, other: Sample) -> Sample:
-        every = max(self.every, other.every)
-        values = torch.cat([one.values[:: every // one.every] for one in (self, other)])
-        while len(values) > 2 * KEPT:
-            values, every = values[::2], every * 2
-        return Sample(torch.maximum(self.largest, other.largest), values, every)
+        count = self.count + other.count
+        values = torch.cat([one.thinned(round(KEPT * one.count / count)) for one in (self, other)])
+        return Sample(torch.maximum(self.largest, other.largest), values, count)
+
+    def thinned(self, size: int) -> Tensor:
+        """At most `size` of the values, the same ones each time."""
+        if len(self.values) <= size:
+            return self.values
+        drawn = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(self.count))[:size]
+        return self.values[drawn.to(self.values.device)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,8 @@ class Int8Static(CalibratedGrid):
 
     def statistic(self, values: Tensor) -> Sample:
         sizes = values.abs().flatten()
-        return Sample(sizes.max(), sizes) + Sample(sizes.new_zeros(()), sizes.new_zeros(0))
+        whole = Sample(sizes.max(), sizes, len(sizes))
+        return Sample(whole.largest, whole.thinned(KEPT), whole.count)
 
     def quantize(self, linears: Mapping[str, nn.Linear], statistic: Sample, context: Context) -> None:
         scale = self.bound(statistic) / 127

@@ -102,7 +102,7 @@ class Mixed(Stage):
         if cutting:
             return (
                 f"{self.name} and {cutting.name}: how many weights each linear will have is not known when its bits "
-                "are chosen; use schedule=one_shot where it has one, or quantize/gptq"
+                "are chosen; use schedule=one_shot where it has one, or quantize/gptq with group=null"
             )
         return several_codes(self.name, others)
 

@@ -29,8 +29,9 @@ class QAT(Stage):
     last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact,
     one learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
     through it. `begin`: the fraction of the fit after which it runs through the grid. `freeze`: the one from which
-    scales stay as they are; null: never. `targets`: a regular expression on the whole name of a linear, or a list of
-    the parts that they play; null for all linears of the blocks.
+    scales stay as they are; null: never. Codes are -q..q here, where LSQ's signed ones have one more below.
+    `targets`: a regular expression on the whole name of a linear, or a list of the parts that they play; null for all
+    linears of the blocks.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZE
@@ -90,6 +91,14 @@ class QAT(Stage):
         ]
         return f"compression.qat.{given[0]}: needs a fit; trainer.max_epochs=0 has none"
 
+    def check_steps(self, steps: int) -> None:
+        for name, value in (("begin", self.begin), ("freeze", self.freeze)):
+            if value and round(value * steps) >= steps:
+                raise ConfigError(
+                    f"compression.qat.{name}={value}: no step of a fit of {steps} optimizer steps comes after it; "
+                    "needs a smaller one or a longer fit"
+                )
+
     def check(self, anatomy: Anatomy, targets: Mapping[str, nn.Linear]) -> None:
         self.layout.check(self._linears(anatomy, targets), "compression.qat")
 
@@ -105,7 +114,8 @@ class QAT(Stage):
         begin = round(self.begin * context.steps)
         hold = None if self.freeze is None else max(round(self.freeze * context.steps), begin + 1)
         grids = {linear: self._stack(linear, begun=begin == 0) for linear in linears.values()}
-        return Effects(callbacks=[GridSchedule(grids, begin=begin, hold=hold)], settled=begin)
+        settled = begin + 1 if begin else 0  # scales of activations are drawn at the first step on the grid
+        return Effects(callbacks=[GridSchedule(grids, begin=begin, hold=hold)], settled=settled)
 
     def _stack(self, linear: nn.Linear, *, begun: bool) -> TrainedGrid:
         """A grid on top of the chain of a linear. Its scales learn where something of the linear does."""

@@ -40,6 +40,11 @@ class IntegerTable(Packed):
         self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8 if bits == 8 else torch.uint8))
         self.register_buffer("scale", torch.ones(tokens, width // group if group else 1))
 
+    @property
+    def kernel(self) -> str:
+        """What makes floats of its rows, or of all where an output layer multiplies with them."""
+        return "fp32, rows looked up"
+
     def store(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes (tokens, width) int8 and their scales (tokens, groups)."""
         device = self.scale.device

@@ -89,7 +89,7 @@ class InputGrid(nn.Module):
     @property
     def step(self) -> Tensor:
         """s, (1,)."""
-        size = self.learned.clamp(min=LEAST)
+        size = self.learned.abs().clamp(min=LEAST)
         return size / self.last if self.kind == "pact" else size
 
     def forward(self, values: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class InputGrid(nn.Module):
         if self.kind == "lsq":
             gain = 1 / math.sqrt(values.shape[-1] * self.last)
             return LearnedStep.apply(values, self.step, -self.last, self.last, gain)
-        end = self.learned.clamp(min=LEAST).to(values.dtype)
+        end = self.learned.abs().clamp(min=LEAST).to(values.dtype)
         clipped = torch.maximum(torch.minimum(values, end), -end)
         step = self.step.detach()
         rounded = ((clipped.float() / step).round() * step).to(values.dtype)
@@ -200,7 +200,7 @@ class TrainedGrid(Link):
     def _scale(self, grouped: Tensor) -> Tensor:
         """The scales, (out, groups, 1)."""
         if self.learns:
-            return self.step.clamp(min=LEAST).view(*grouped.shape[:-1], 1)
+            return self.step.abs().clamp(min=LEAST).view(*grouped.shape[:-1], 1)
         if self.frozen and self.held is not None:
             return self.held.view(*grouped.shape[:-1], 1)
         return self.layout.grid_of(grouped)[0]
