@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from niwaki.compression.quantize.kernels import FLIPPED, FLOAT_ORDER
+from niwaki.compression.quantize.kernels import FLOAT_ORDER
 from niwaki.errors import ConfigError, UserError
 from niwaki.naming import option_name
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from niwaki.export.runner import Runner
     from niwaki.model.anatomy import Anatomy
     from niwaki.task.task import Task
+
+
+FLIPPED = 0.1  # off by, of the largest logit: the worst answer, where the order of a sum decides how inputs are rounded
 
 
 class ExportError(UserError):

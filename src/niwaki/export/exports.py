@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CARD = "export.json"
 ROWS, PARTS = 8, 4  # of the test split, on which logits are compared
-USUAL = 0.5  # of the bound, at the median
+USUAL = 0.2  # of the bound, at the median, since most inputs are rounded alike
 STEPS = 20  # tokens of each row that a decoder with a cache reads one at a time
 
 
