@@ -182,8 +182,8 @@ def differences(
     model: Any, runner: Any, batches: Sequence[Mapping[str, Tensor]], corpus: Corpus
 ) -> tuple[float, float, float]:
     """|logits of the artifact - logits of the export| over the positions that count: the largest, infinity where one is
-    no number, and the median of the largest of each position; and the largest |logit of the artifact|. All less the mean
-    of their position, which no softmax minds."""
+    no number, and the median of the largest of each position; and the largest |logit of the artifact|. All less the
+    mean of their position, which no softmax minds."""
     offs, largest = [torch.zeros(1)], 0.0
     with torch.inference_mode():
         for batch in batches:
