@@ -257,8 +257,8 @@ def speed_text(table: Mapping[str, Any]) -> str:
     note = (
         f"{table['machine']}, {table['threads']} threads; {table['rounds']} rounds in turns; test rows of "
         f"{lengths['mean']:.0f} tokens on average, batches of {lengths['of_batches']:.0f}; one pass each, of "
-        "what writes texts too; ONNX Runtime's threads do not spin while they wait. Memory: what loading and running the "
-        "model adds to a fresh process."
+        "what writes texts too; ONNX Runtime's threads do not spin while they wait. Memory: what loading and running "
+        "the model adds to a fresh process."
     )
     problems = [f"{row['name']}: {row['problem']}" for row in rows if row["problem"]]
     return "\n\n".join([markdown_table(header, shown), note, *problems])
