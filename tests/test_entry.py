@@ -203,8 +203,8 @@ def test_what_no_export_can_be_or_calibrate_is_said_before_a_weight_is_loaded(
     pairs, empty = tmp_path / "pairs.jsonl", tmp_path / "empty.jsonl"
     pairs.write_text("".join(json.dumps({"source": f"a {i}", "target": f"b {i}"}) + "\n" for i in range(20)))
     empty.write_text("")
-    translation = ["task=translation", "model=tiny-bart", "data=files", f"data.train={pairs}", "export=onnx"]
-    assert "export=onnx: task=translation writes texts" in refused(translation, tmp_path / "run", capsys)
+    translation = ["task=translation", "model=tiny-bart", "data=files", f"data.train={pairs}", "export=onnx_int8"]
+    assert "export=onnx_int8: task=translation writes texts" in refused(translation, tmp_path / "run", capsys)
     for method in ("gptq", "awq", "smoothquant", "int8_static"):
         nothing = ["data=files", f"data.train={empty}", f"compression=quantize/{method}"]
         assert refused(nothing, tmp_path / "run", capsys) == f"error: data.train={empty}: has no rows"

@@ -38,7 +38,7 @@ def before(recipe: Recipe, corpus: Corpus, model: Any, folder: Path) -> Side | N
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / artifact.WEIGHTS
         save_file(artifact.unique_tensors(model), path)
-        return {"test": scores, **count(model), "bytes": path.stat().st_size}
+        return {"test": scores, **count(model), "bytes": path.stat().st_size, "kernels": kernels(model)}
 
 
 def compare(

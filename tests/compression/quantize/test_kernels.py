@@ -128,7 +128,7 @@ def test_compiled_it_is_the_same_function(static: bool) -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "embeddings"])  # no linears
 def test_a_converted_model_says_what_its_chains_said(option: str, task: str, tmp_path: Path) -> None:
     """Tiny BERT and tiny Llama, every option. The bound is relative, and the middle answer is off by float order."""
     recipe = recipe_of(task, write_rows(tmp_path)[task], f"compression=[quantize/{option}]", checkpoints=False)
