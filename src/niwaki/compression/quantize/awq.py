@@ -63,9 +63,10 @@ class AWQ(Grouped, Factored):
         at_run_time: bool,
     ) -> None:  # fmt: skip
         gram = statistic.gram * factor[:, None] * factor
+        compared = context.anatomy.part_names(("query", "key"))  # or the layer that stands in place of one
         for name, linear in linears.items():
             scaled = self.layout.grouped(linear.weight.detach().float() / factor)
-            clips = self.clip and not {"query", "key"} & set(context.anatomy.parts_of(name))
+            clips = self.clip and not any(f"{name}.".startswith(f"{place}.") for place in compared)
             grid = drawn_in(scaled, gram, self.layout) if clips else self.layout.grid_of(scaled)
             own = factor if at_run_time else None
             stack(linear, with_codes(linear.weight.shape, self.layout, scaled, *grid, factor=own))
