@@ -129,6 +129,7 @@ def test_it_is_timed_in_turns_with_the_artifact(run: Path, rows: Rows, tmp_path:
         ({"added": 9.0}, r"its logits are up to 9 from those of the artifact, the largest of which is \d+\.\d+;"),
         ({"added": 0.15}, r"its logits are in the middle 0\.15 from those of the artifact, the largest of which is"),
         ({"added": float("nan")}, "some logits are no finite numbers"),
+        ({"added": float("inf"), "tolerance": 0.01}, "some logits are no finite numbers"),
         ({"error": RuntimeError("no such operator\nsecond line")}, "RuntimeError: no such operator$"),
         ({"error": ExportError("cannot be traced")}, "cannot be traced$"),
         (

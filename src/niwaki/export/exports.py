@@ -192,8 +192,8 @@ def differences(
             if not ours.numel():
                 continue
             ours, theirs = (centred(one) for one in (ours, theirs))
-            offs.append((ours - theirs).abs().amax(-1).nan_to_num(inf).flatten())
-            largest = max(largest, float(ours.abs().max().nan_to_num(inf)))
+            offs.append((ours - theirs).abs().amax(-1).nan_to_num(inf, posinf=inf).flatten())
+            largest = max(largest, float(ours.abs().max().nan_to_num(inf, posinf=inf)))
     found = torch.cat(offs[1:] or offs)
     return float(found.max()), float(found.median()), largest
 
