@@ -87,7 +87,7 @@ class Recipe:
         return [found for found in self.callbacks.values() if isinstance(found, CallbackSettings)]
 
     def refuse_conflicts(self) -> None:
-        """Raise ConfigError where the optimizer or an average of the weights cannot go with the rest."""
+        """Raise ConfigError where the optimizer, an export or an average of the weights cannot go with the rest."""
         if reason := self.optimizer.conflict(self):
             raise ConfigError(reason)
         cutting = next((stage for stage in self.compression.values() if stage.leaves_out_blocks), None)
@@ -106,6 +106,9 @@ class Recipe:
                 f"{averaged[0]} and tuning={self.tuning.name}: what the tuning dropped would come back in the average; "
                 "leave one out"
             )
+        for one in self.export.values():
+            if reason := one.conflict(self.stages, stored=self.store == "auto"):
+                raise ConfigError(reason)
         reasons = [reason for stage in self.stages if (reason := stage.needs_fit())]
         if reasons and not self.trainer.max_epochs:
             raise ConfigError(reasons[0])

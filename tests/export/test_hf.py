@@ -142,20 +142,50 @@ def test_where_inputs_were_rounded_torchao_gets_the_integers_alone(
 
 
 @pytest.mark.parametrize(
-    ("family", "stage", "why"),
-    [("bert", None, "no linear is on a grid of integers; leave it dense"),
-     ("bert", CodebookSharing(), r"\S+ holds codebook, and torchao integers"),
-     ("bert", AWQ(bits=4, group=16, symmetric=False), r"\S+ has zeros and a factor for each input"),
-     ("gpt2", Int8(), r"\S+ is no nn\.Linear in transformers")],
+    ("stage", "why"),
+    [(None, "no linear is on a grid of integers; leave it dense"),
+     (CodebookSharing(), r"\S+ holds codebook, and torchao integers"),
+     (AWQ(bits=4, group=16, symmetric=False), r"\S+ has zeros and a factor for each input")],
 )  # fmt: skip
 def test_what_torchao_has_no_tensor_for_is_refused_in_one_line(
-    family: str, stage: Any, why: str, setting: Callable[..., Any], tmp_path: Path
+    stage: Any, why: str, setting: Callable[..., Any], tmp_path: Path
 ) -> None:
-    task = "causal_lm" if family == "gpt2" else "classification"
-    kept = saved(setting(family, task), tmp_path / "model", *([stage] if stage else []))
+    kept = saved(setting(), tmp_path / "model", *([stage] if stage else []))
     with pytest.raises(ExportError, match=rf"^weights=torchao: {why}") as caught:
         HuggingFace(weights="torchao").write(kept, {}, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_linear_that_is_none_in_transformers_is_refused_before_the_fit(setting: Callable[..., Any]) -> None:
+    one = setting("gpt2", "causal_lm")
+    HuggingFace().check(one.task, Anatomy.of(one.model))
+    with pytest.raises(ConfigError, match=r"^export\.hf\.weights=torchao: \S+ is no nn\.Linear in .*; needs dense$"):
+        HuggingFace(weights="torchao").check(one.task, Anatomy.of(one.model))
+
+
+TORCHAO = "export.hf.weights=torchao"
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [([], rf"^{TORCHAO}: no linear is stored as integers; add compression=quantize/weight_only, or leave it dense$"),
+     (["compression=quantize/embeddings"], rf"^{TORCHAO}: no linear is stored as integers; add "),
+     (["compression=quantize/int8", "store=dense"], rf"^{TORCHAO}: .*; set store=auto, or leave it dense$"),
+     (["compression=quantize/bf16"], rf"^{TORCHAO} and quantize/bf16: linears are stored as floats, .*; leave"),
+     (["compression=share/codebook"], rf"^{TORCHAO}: no linear is stored as integers; add ")],
+)  # fmt: skip
+def test_runs_that_torchao_has_no_tensors_for_are_refused_before_the_fit(settings: list[str], why: str) -> None:
+    asked = ["model=tiny-bert", "export=hf", *settings]
+    compose.build(compose.compose(asked).config)
+    with pytest.raises(ConfigError, match=why):
+        compose.build(compose.compose([*asked, TORCHAO]).config)
+
+
+@pytest.mark.parametrize("method", ["heads", "neurons"])
+def test_blocks_of_different_widths_are_refused_before_the_fit(method: str) -> None:
+    asked = ["model=tiny-bert", "export=hf", f"compression=prune/{method}"]
+    with pytest.raises(ConfigError, match=rf"^export=hf and prune/{method} with scope=global: .*; use scope=layer$"):
+        compose.build(compose.compose([*asked, f"compression.{method}.scope=global"]).config)
 
 
 def test_layers_that_a_plain_model_lacks_are_refused_before_the_fit(setting: Callable[..., Any]) -> None:

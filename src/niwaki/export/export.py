@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from niwaki.artifact import Artifact
     from niwaki.export.runner import Runner
     from niwaki.model.anatomy import Anatomy
+    from niwaki.stage import Stage
     from niwaki.task.task import Task
 
 
@@ -54,6 +55,11 @@ class Export(abc.ABC):
                 f"export={self.name}: task={task.name} writes texts by an encoder and a decoder with a cache, "
                 "for which this format has no graphs; export=onnx and export=hf can"
             )
+
+    def conflict(self, stages: Sequence[Stage], *, stored: bool) -> str | None:
+        """The reason why what these stages make of a model cannot be exported, or None. `stored`: whether weights are
+        saved in the few bits that they have."""
+        return None
 
     @abc.abstractmethod
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:

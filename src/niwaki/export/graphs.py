@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.export.export import ExportError
+from niwaki.errors import ConfigError
 from niwaki.export.runner import PAST_NAME, PRESENT_NAME
 from niwaki.model.anatomy import Anatomy
 
@@ -58,7 +58,6 @@ def decoder(model: Any) -> Function:
     """(input_ids, attention_mask, position_ids where the model takes them, keys and values of `past` tokens) ->
     (logits, keys and values of all tokens); `past` may be 0, so one graph does the first tokens and each that follows.
     The mask is of all tokens."""
-    refuse_virtual(model)
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.long)
     with torch.no_grad():
         found = tensors_of(model(input_ids=ids, use_cache=True).past_key_values)
@@ -213,9 +212,10 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def refuse_virtual(model: Any) -> None:
-    """Raise ExportError where the first call of a decoder differs from all others."""
-    if getattr(Anatomy.of(model).backbone, "virtual_tokens", 0):
-        raise ExportError(
-            "virtual tokens are read in the first call alone, and one graph does all calls; set export.onnx.cache=false"
+def refuse_virtual(anatomy: Anatomy) -> None:
+    """Raise ConfigError where the first call of a decoder differs from all others."""
+    if getattr(anatomy.backbone, "virtual_tokens", 0):
+        raise ConfigError(
+            "export.onnx.cache=true: virtual tokens are read in the first call alone, and one graph does all calls; "
+            "needs false"
         )

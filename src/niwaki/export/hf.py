@@ -4,7 +4,7 @@ al. 2020, arXiv:1910.03771)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from niwaki.export.runner import Runner, TorchRunner, TorchWriter
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
     from niwaki.model.anatomy import Anatomy
+    from niwaki.stage import Stage
     from niwaki.task.task import Task
 
 
@@ -55,6 +56,35 @@ class HuggingFace(Export):
                 f"export={self.name}: {odd[0]} will have another shape than a plain {model.config.model_type} has "
                 "there, so only niwaki can read this model; leave export=hf out, or cut what its config can tell of"
             )
+        odd = [name for name, linear in anatomy.linears().items() if type(linear) is not nn.Linear]
+        if self.weights == "torchao" and odd:
+            raise ConfigError(f"export.hf.weights=torchao: {odd[0]} is no nn.Linear in transformers; needs dense")
+
+    def conflict(self, stages: Sequence[Stage], *, stored: bool) -> str | None:
+        from niwaki.compression.quantize.floats import FloatStorage
+        from niwaki.stage import Phase
+
+        uneven = [stage for stage in stages if stage.leaves_out_units and getattr(stage, "scope", None) == "global"]
+        if uneven:
+            return (
+                f"export=hf and {uneven[0].name} with scope=global: blocks come out of different widths, and a config "
+                "of transformers tells of one; use scope=layer"
+            )
+        if self.weights == "dense":
+            return None
+        grids = [stage for stage in stages if stage.phase is Phase.QUANTIZE and stage.acts_on_linears]
+        if not grids or not stored:
+            return (
+                "export.hf.weights=torchao: no linear is stored as integers; "
+                + ("add compression=quantize/weight_only" if stored else "set store=auto")
+                + ", or leave it dense"
+            )
+        if isinstance(grids[0], FloatStorage):
+            return (
+                f"export.hf.weights=torchao and {grids[0].name}: linears are stored as floats, and these tensors of "
+                "torchao hold integers; leave it dense"
+            )
+        return None
 
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
         from niwaki import artifact, plain

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
-from niwaki.export.graphs import Function, decoder, encoder_and_decoder, whole
+from niwaki.export.graphs import Function, decoder, encoder_and_decoder, refuse_virtual, whole
 from niwaki.export.runner import PRECISE, OnnxRunner, OnnxWriter, Runner
 from niwaki.weights import packed
 
@@ -66,6 +66,9 @@ class Onnx(Export):
             raise ConfigError(
                 f"export.onnx.cache=false: task={task.name} goes by an encoder and a decoder with a cache; needs true"
             )
+        model: Any = anatomy.model
+        if self.writes(task) and not model.config.is_encoder_decoder:
+            refuse_virtual(anatomy)
 
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
         from niwaki import artifact
