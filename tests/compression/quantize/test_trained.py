@@ -93,6 +93,31 @@ def test_pact_learns_its_end_from_what_lies_beyond_it() -> None:
     assert values.grad.tolist()[0] == [0.0, 0.0, 100.0, 1000.0]  # type: ignore[union-attr]
 
 
+def test_an_end_of_pact_decays_while_it_learns(setting: Callable[..., Any]) -> None:
+    """Section 3: lambda times the square of each end joins the loss, so its slope is 2 lambda a."""
+    one = setting()
+    effects = QAT(activation_scale="pact", pact_decay=0.25).prepare(one.model, one.context())
+    decay = effects.terms["pact"]
+    assert float(decay(None, {})) == 0.0  # nothing is drawn yet
+    one.model.train()
+    one.model(**one.task.inputs(one.batch()))
+    grids = [link for linear in one.context().targets.values() for link in links(linear)]
+    ends = [grid.inputs.learned for grid in grids if isinstance(grid, TrainedGrid) and grid.inputs is not None]
+    decay(None, {}).backward()
+    assert len(ends) == len(one.context().targets)
+    for end in ends:
+        assert float(end.grad) == pytest.approx(2 * 0.25 * end.item())
+    for linear, grid in list(zip(one.context().targets.values(), grids, strict=True))[1:]:
+        grid.hold(linear.weight)
+    assert decay(None, {}).item() == pytest.approx(0.25 * ends[0].item() ** 2)
+
+
+def test_only_pact_decays(setting: Callable[..., Any]) -> None:
+    for stage in (QAT(activation_scale="lsq"), QAT(scale="lsq"), QAT(activation_scale="pact", pact_decay=0.0)):
+        one = setting()
+        assert not stage.prepare(one.model, one.context()).terms
+
+
 KINDS = [
     {"scale": "lsq"}, {"activation_scale": "lsq"}, {"scale": "lsq", "activation_scale": "pact", "bits": 4, "group": 8},
     {"begin": 0.3, "freeze": 0.6}, {"scale": "lsq", "activation_scale": "lsq", "begin": 0.3, "freeze": 0.6},
@@ -200,6 +225,7 @@ def test_scales_of_a_linear_that_rests_rest_too() -> None:
         ({"scale": "max"}, "scale='max': needs one of absmax, lsq"), ({"begin": 1.0}, "begin=1.0: needs a number"),
         ({"freeze": 0.2, "begin": 0.3}, "freeze=0.2: needs null or a number above"),
         ({"activation_bits": None, "activation_scale": "lsq"}, "activation_scale=lsq: has no effect with"),
+        ({"pact_decay": -0.1}, "pact_decay=-0.1: needs a number of at least 0"),
         ({"activation_scale": "all"}, "activation_scale='all': needs one of token, lsq, pact"),
     ],
 )  # fmt: skip

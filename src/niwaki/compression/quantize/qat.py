@@ -10,12 +10,12 @@ from torch import nn
 
 from niwaki.compression.quantize.integers import put_on_grid, to_integers
 from niwaki.compression.quantize.layout import Layout, check_bits
-from niwaki.compression.quantize.trained import EnterGrid, GridSchedule, InputScale, TrainedGrid, WeightScale
+from niwaki.compression.quantize.trained import Decay, EnterGrid, GridSchedule, InputScale, TrainedGrid, WeightScale
 from niwaki.compression.targets import Targets, check_targets, chosen
 from niwaki.edits import Edit
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
-from niwaki.stage import Context, Effects, Phase, Stage
+from niwaki.stage import Context, Effects, Phase, Stage, Term
 from niwaki.weights import links, stack
 
 
@@ -28,8 +28,9 @@ class QAT(Stage):
     `scale`: absmax, or lsq: s learns with the weights (Esser et al. 2019, arXiv:1902.08153), and what lies beyond the
     last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact,
     one learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
-    through it. `begin`: the fraction of the fit after which it runs through the grid. `freeze`: the one from which
-    scales stay as they are; null: never. Codes are -q..q here, where LSQ's signed ones have one more below.
+    through it. `pact_decay`: times the square of each such end, joins the loss. `begin`: the fraction of the fit after
+    which it runs through the grid. `freeze`: the one from which scales stay as they are; null: never. Codes are -q..q
+    here, where LSQ's signed ones have one more below.
     `targets`: a regular expression on the whole name of a linear, or a list of the parts that they play; null for all
     linears of the blocks.
     """
@@ -44,6 +45,7 @@ class QAT(Stage):
     activation_bits: int | None = 8
     scale: WeightScale = "absmax"
     activation_scale: InputScale = "token"
+    pact_decay: float = 1e-4
     begin: float = 0.0
     freeze: float | None = None
     targets: Targets = None
@@ -63,6 +65,8 @@ class QAT(Stage):
                 f"compression.qat.activation_scale={self.activation_scale}: has no effect with "
                 "compression.qat.activation_bits=null; leave it token"
             )
+        if self.pact_decay < 0:
+            raise ConfigError(f"compression.qat.pact_decay={self.pact_decay}: needs a number of at least 0")
         if not 0 <= self.begin < 1:
             raise ConfigError(f"compression.qat.begin={self.begin}: needs a number in 0..1, below 1")
         if self.freeze is not None and not self.begin < self.freeze < 1:
@@ -115,7 +119,9 @@ class QAT(Stage):
         hold = None if self.freeze is None else max(round(self.freeze * context.steps), begin + 1)
         grids = {linear: self._stack(linear, begun=begin == 0) for linear in linears.values()}
         settled = begin + 1 if begin else 0  # scales of activations are drawn at the first step on the grid
-        return Effects(callbacks=[GridSchedule(grids, begin=begin, hold=hold)], settled=settled)
+        ranges = [grid.inputs for grid in grids.values() if grid.inputs is not None and grid.inputs.kind == "pact"]
+        terms: dict[str, Term] = {"pact": Decay(ranges, self.pact_decay)} if ranges and self.pact_decay else {}
+        return Effects(callbacks=[GridSchedule(grids, begin=begin, hold=hold)], settled=settled, terms=terms)
 
     def _stack(self, linear: nn.Linear, *, begun: bool) -> TrainedGrid:
         """A grid on top of the chain of a linear. Its scales learn where something of the linear does."""

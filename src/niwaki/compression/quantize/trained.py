@@ -6,7 +6,7 @@ LSQ: Esser et al. 2019 (arXiv:1902.08153). PACT: Choi et al. 2018 (arXiv:1805.06
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -71,7 +71,7 @@ class InputGrid(nn.Module):
     """One learned scale for all that enters a linear, drawn from the first batch of the fit that runs through it.
 
     lsq: the step s itself learns. pact: clip(x, -a, a) with a learned end a, and s = a / q; the gradient of a is that
-    of what lies beyond it, without the paper's decay of a. PACT's activations are positive, these lie around 0.
+    of what lies beyond it, and of its decay (`Decay`). PACT's activations are positive, these lie around 0.
     """
 
     def __init__(self, bits: int, kind: InputScale) -> None:
@@ -112,6 +112,20 @@ class InputGrid(nn.Module):
         start = sizes.max() if self.kind == "pact" else 2 * sizes.mean() / math.sqrt(self.last)
         self.learned.fill_(float(start.clamp(min=LEAST)))
         self.flags.set("drawn")
+
+
+class Decay:
+    """A loss term: `weight` times the sum of the squares of the ends that have been drawn and still learn, so that a
+    range gets narrower where nothing is gained by its width (PACT, section 3)."""
+
+    def __init__(self, ranges: Sequence[InputGrid], weight: float) -> None:
+        self.ranges = ranges
+        self.weight = weight
+
+    def __call__(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        ends = [one.learned for one in self.ranges if one.drawn and one.learned.requires_grad]
+        nothing = self.ranges[0].learned.detach().new_zeros(())
+        return self.weight * sum((end.square().sum() for end in ends), nothing)
 
 
 class TrainedGrid(Link):
