@@ -206,3 +206,15 @@ def test_import_loads_nothing_heavy():
     code = f"import sys, niwaki.study, niwaki.measure.report; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_each_export_stands_beside_the_artifact_of_its_own_turns() -> None:
+    one = {"test": {"accuracy": 0.5}, "bytes": 10, "latency_ms": 2.0, "throughput": 50.0, "parity": 0.0}
+    first, second = ({**one, "artifact": {"latency_ms": ms, "throughput": 20.0}} for ms in (4.0, 8.0))
+    metrics = {"after": {"test": {"accuracy": 0.5}, "bytes": 20}, "exports": {"onnx": first, "onnx_int8": second}}
+    lines = report.exports(metrics).splitlines()
+    (again,) = (line for line in lines if line.startswith("| of the artifact in the same turns: latency"))
+    assert [cell.strip() for cell in again.split("|")[2:5]] == ["-", "4.00 ms", "8.00 ms"]
+    alone = report.exports({**metrics, "exports": {"onnx": first}})
+    assert "in the same turns" not in alone
+    assert "4.00 ms" in alone

@@ -298,10 +298,14 @@ def classes(metrics: Mapping[str, Any]) -> str:
 def exports(metrics: Mapping[str, Any]) -> str:
     """Every export beside the artifact, in markdown: each scored as exported, and timed in turns with the artifact."""
     found = metrics["exports"]
-    timed: dict[str, Any] = next((one["artifact"] for one in found.values() if one.get("artifact")), {})
+    beside = [one["artifact"] for one in found.values() if one.get("artifact")]
+    timed: dict[str, Any] = beside[0] if beside else {}
     sides = {"artifact": {"test": metrics["after"]["test"], "bytes": metrics["after"]["bytes"], **timed}, **found}
-    names = [*(f"test.{name}" for name in metrics["after"]["test"]), "bytes", "latency_ms", "throughput", "parity"]
+    speed = ["latency_ms", "throughput"]
+    again = [f"artifact.{name}" for name in speed] if len(beside) > 1 else []
+    names = [*(f"test.{name}" for name in metrics["after"]["test"]), "bytes", *speed, *again, "parity"]
     labels = {name: label for name, label, _ in COSTS} | {"parity": "largest logit difference"}
+    labels |= {f"artifact.{name}": f"of the artifact in the same turns: {labels[name]}" for name in speed}
     flat = {name: flatten(side) for name, side in sides.items()}
     rows = [
         [labels.get(name, name.replace(".", " ")), *(number(name, side.get(name)) for side in flat.values())]
