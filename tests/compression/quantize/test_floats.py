@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from niwaki import artifact, storage
 from niwaki.compression.prune.magnitude import Magnitude
+from niwaki.compression.quantize import floats as stored_floats
 from niwaki.compression.quantize.bf16 import BFloat16
 from niwaki.compression.quantize.float8 import Float8
 from niwaki.compression.quantize.floats import TYPES, FloatGrid, FloatLinear, UseFloats, to_floats
@@ -138,6 +140,40 @@ def test_a_product_of_floats_is_that_of_what_they_stand_for(dtype: str) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
     rounded = linear.product(floats, scale, torch.bfloat16)
     assert float((rounded.double() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
+
+
+def test_a_product_of_floats_has_the_bias_and_the_shape_of_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, _ = linear_of("float8_e4m3fn", activations=True)
+    linear.requires_grad_(False)
+    values = torch.randn(3, 5, 48)
+    expected = linear(values)
+    monkeypatch.setattr(stored_floats, "runs_in_float8", lambda _: True)
+    found = linear(values)
+    assert found.dtype is values.dtype
+    assert found.shape == expected.shape
+    sums = expected - linear.bias
+    assert float((found - expected).abs().max()) <= 2**-8 * float(sums.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("place", "capability", "dtype", "size", "expected"),
+    [("cuda", (9, 0), "float8_e4m3fn", (32, 48), True), ("cuda", (8, 9), "float8_e4m3fn", (32, 48), True),
+     ("cuda", (8, 6), "float8_e4m3fn", (32, 48), False), ("cpu", (9, 0), "float8_e4m3fn", (32, 48), False),
+     ("cuda", (9, 0), "float8_e5m2", (32, 48), False), ("cuda", (9, 0), "float8_e4m3fn", (30, 48), False),
+     ("cuda", (9, 0), "float8_e4m3fn", (32, 40), False)],
+)  # fmt: skip
+def test_which_gpus_multiply_floats_of_8_bits(
+    place: str, capability: tuple[int, int], dtype: str, size: tuple[int, int], expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Those of capability 8.9 and later: e4m3 on both sides, and sizes that 16 divides."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    linear: Any = SimpleNamespace(
+        floats=SimpleNamespace(device=torch.device(place), dtype=TYPES[dtype]),
+        in_features=size[1],
+        out_features=size[0],
+    )
+    assert stored_floats.runs_in_float8(linear) is expected
 
 
 @pytest.mark.parametrize("dtype", TYPES)
