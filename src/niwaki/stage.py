@@ -128,6 +128,12 @@ class Stage(abc.ABC):
         return option_name(self)
 
     @property
+    def field(self) -> str:
+        """Where the settings of this method stand in a config: `compression.gptq`; a method whose file has another
+        package says so."""
+        return f"compression.{self.name.rpartition('/')[2]}"
+
+    @property
     def acts_on_linears(self) -> bool:
         """Whether its links stand on the linears of the blocks."""
         return self.phase.acts_on_weights and self.acts_on == "linears"

@@ -52,11 +52,6 @@ class Pruning(Stage):
         check_targets(self.targets, self.field)
 
     @property
-    def field(self) -> str:
-        """Where the settings of this method stand: `compression.magnitude`."""
-        return f"compression.{self.name.rpartition('/')[2]}"
-
-    @property
     def final_sparsity(self) -> float:
         """The fraction of zeros that is aimed at, where no map says otherwise."""
         return Pattern.parse(self.pattern).sparsity or self.sparsity or 0.5

@@ -83,11 +83,6 @@ class FloatStorage(Stage):
         check_targets(self.targets, self.field)
 
     @property
-    def field(self) -> str:
-        """Where the settings of this method stand: `compression.float8`."""
-        return f"compression.{self.name.rpartition('/')[2]}"
-
-    @property
     @abc.abstractmethod
     def dtype(self) -> str:
         """The name of the type, one of `TYPES`."""

@@ -88,11 +88,6 @@ class Mixed(Stage):
         check_rows(self.rows, self.field)
         check_targets(self.targets, self.field)
 
-    @property
-    def field(self) -> str:
-        """Where the settings of this method stand."""
-        return "compression.mixed"
-
     def layout(self, bits: int) -> Layout:
         """How codes of so many bits are laid out."""
         return Layout(bits=bits, group=self.group, zero="none" if self.symmetric else "whole")

@@ -36,11 +36,6 @@ class PostTraining(Stage):
         check_targets(self.targets, self.field)
 
     @property
-    def field(self) -> str:
-        """Where the settings of this method stand: `compression.gptq`."""
-        return f"compression.{self.name.rpartition('/')[2]}"
-
-    @property
     def layout(self) -> Layout:
         """How the integers are laid out."""
         return Layout(bits=self.bits)

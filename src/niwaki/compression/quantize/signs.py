@@ -74,11 +74,6 @@ class Signs(Stage):
             )
 
     @property
-    def field(self) -> str:
-        """Where its settings stand: `compression.ternary`."""
-        return f"compression.{self.name.rpartition('/')[2]}"
-
-    @property
     def layout(self) -> Layout:
         """Of the codes."""
         return Layout(bits=self.bits, group=self.group)
