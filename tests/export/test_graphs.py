@@ -69,6 +69,8 @@ def test_one_call_and_many_say_what_the_artifact_says(written: tuple[Any, Any, P
             for last in (1, 4, 99):
                 close(ours, one.task.predictions(StepByStep(runner, last)(**inputs), part))
 
+    if not kept.model.config.is_encoder_decoder:
+        check_padding_before(kept.model, runner, batch)
     check_writes(one, kept.model, runner, batch)
     check_holds_once(one, kept, folder)
 
@@ -84,6 +86,20 @@ def check_writes(one: Any, model: Any, runner: Any, batch: dict[str, torch.Tenso
             assert torch.equal(ours, theirs)
     assert (ours >= 0).sum(1).max() >= 6
     check_texts(model, runner, batch, task, 1e-4)
+
+
+def check_padding_before(model: Any, runner: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Where rows of different lengths end together, a search tells where tokens stand, and the file heeds it."""
+    ids = batch["input_ids"][:2, :6].clone()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 1}
+    asked = {**settings, "output_logits": True, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        ours, theirs = (who.generate(**asked).logits[0] for who in (model, runner))
+        first = model.generate(**{**asked, "attention_mask": None}).logits[0]
+    close(ours, theirs)
+    assert float((first - ours)[0].abs().max()) > 1e-3  # what is padded away matters
 
 
 def check_holds_once(one: Any, kept: Any, folder: Path) -> None:

@@ -184,6 +184,9 @@ def test_runs_that_torchao_has_no_tensors_for_are_refused_before_the_fit(setting
 @pytest.mark.parametrize("method", ["heads", "neurons"])
 def test_blocks_of_different_widths_are_refused_before_the_fit(method: str) -> None:
     asked = ["model=tiny-bert", "export=hf", f"compression=prune/{method}"]
+    compose.build(
+        compose.compose(["export=hf", "compression=prune/magnitude", "compression.magnitude.scope=global"]).config
+    )
     with pytest.raises(ConfigError, match=rf"^export=hf and prune/{method} with scope=global: .*; use scope=layer$"):
         compose.build(compose.compose([*asked, f"compression.{method}.scope=global"]).config)
 
