@@ -106,8 +106,11 @@ class Recipe:
                 f"{averaged[0]} and tuning={self.tuning.name}: what the tuning dropped would come back in the average; "
                 "leave one out"
             )
+        unlike = [reason for stage in self.stages if (reason := stage.averaging())]
+        if averaged and unlike:
+            raise ConfigError(f"{averaged[0]} and {unlike[0]}; leave one out")
         for one in self.export.values():
-            if reason := one.conflict(self.stages, stored=self.store == "auto"):
+            if reason := one.conflict(self.stages):
                 raise ConfigError(reason)
         reasons = [reason for stage in self.stages if (reason := stage.needs_fit())]
         if reasons and not self.trainer.max_epochs:

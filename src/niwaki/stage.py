@@ -146,6 +146,15 @@ class Stage(abc.ABC):
         """What is said of a run without a fit (trainer.max_epochs=0), in one line, where this method needs one."""
         return None
 
+    def foreign(self) -> str | None:
+        """What will be in the model that no config of transformers tells of, where `outline` does not show it; None
+        where nothing will."""
+        return None
+
+    def averaging(self) -> str | None:
+        """Why the average of the weights along a fit is none of this method's models, or None."""
+        return None
+
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError where a fit of so many optimizer steps has no room for this method; called before any
         weight is loaded."""

@@ -17,6 +17,7 @@ from lifecycle import write_rows
 from niwaki import artifact, compose, pipeline
 from niwaki.compression.prune.heads import Heads
 from niwaki.compression.quantize.awq import AWQ
+from niwaki.compression.quantize.embeddings import Embeddings
 from niwaki.compression.quantize.hqq import HQQ
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.qat import QAT
@@ -114,6 +115,17 @@ def test_integers_stay_integers_in_tensors_of_torchao(
         torch.testing.assert_close(model(**inputs).logits, kept.model(**inputs).logits, rtol=0, atol=1e-6)
 
 
+def test_embeddings_of_integers_go_out_dense_beside_tensors_of_torchao(
+    setting: Callable[..., Any], tmp_path: Path, rows: Rows
+) -> None:
+    kept = saved(setting(), tmp_path / "model", Embeddings(), WeightOnly(bits=4, group=16))
+    found = export(HuggingFace(weights="torchao"), kept.folder, tmp_path / "hf", rows)
+    assert found["parity"] <= found["bound"] == FLOAT_ORDER
+    model = loaded(tmp_path / "hf")
+    assert type(model.bert.embeddings.word_embeddings.weight.data) is torch.Tensor
+    assert type(model.bert.encoder.layer[0].output.dense.weight).__name__ == "Int8Tensor"
+
+
 def test_a_language_model_of_integers_writes_on(setting: Callable[..., Any], tmp_path: Path) -> None:
     one = setting("llama", "causal_lm")
     kept = saved(one, tmp_path / "model", QAT(activation_bits=None))
@@ -170,7 +182,6 @@ TORCHAO = "export.hf.weights=torchao"
     ("settings", "why"),
     [([], rf"^{TORCHAO}: no linear is stored as integers; add compression=quantize/weight_only, or leave it dense$"),
      (["compression=quantize/embeddings"], rf"^{TORCHAO}: no linear is stored as integers; add "),
-     (["compression=quantize/int8", "store=dense"], rf"^{TORCHAO}: .*; set store=auto, or leave it dense$"),
      (["compression=quantize/bf16"], rf"^{TORCHAO} and quantize/bf16: linears are stored as floats, .*; leave"),
      (["compression=share/codebook"], rf"^{TORCHAO}: no linear is stored as integers; add ")],
 )  # fmt: skip
@@ -181,14 +192,31 @@ def test_runs_that_torchao_has_no_tensors_for_are_refused_before_the_fit(setting
         compose.build(compose.compose([*asked, TORCHAO]).config)
 
 
-@pytest.mark.parametrize("method", ["heads", "neurons"])
-def test_blocks_of_different_widths_are_refused_before_the_fit(method: str) -> None:
-    asked = ["model=tiny-bert", "export=hf", f"compression=prune/{method}"]
-    compose.build(
-        compose.compose(["export=hf", "compression=prune/magnitude", "compression.magnitude.scope=global"]).config
-    )
-    with pytest.raises(ConfigError, match=rf"^export=hf and prune/{method} with scope=global: .*; use scope=layer$"):
-        compose.build(compose.compose([*asked, f"compression.{method}.scope=global"]).config)
+@pytest.mark.parametrize(
+    ("compression", "settings", "what"),
+    [("prune/heads", ["heads.scope=global"], "sublayers of different widths"),
+     ("prune/neurons", ["neurons.scope=global"], "sublayers of different widths"),
+     ("prune/heads", ["heads.keep=[1,2]", "heads.schedule=cubic"], "sublayers of different widths"),
+     ("prune/cofi", [], "sublayers of different widths"),
+     ("factorize/svd", ["svd.energy=0.9"], "linears that are a product of two")],
+)  # fmt: skip
+def test_what_no_config_tells_of_is_refused_before_the_fit(compression: str, settings: list[str], what: str) -> None:
+    asked = ["model=tiny-bert", f"compression={compression}", *(f"compression.{one}" for one in settings)]
+    compose.build(compose.compose(asked).config)
+    with pytest.raises(ConfigError, match=rf"^export=hf and {compression}: there will be {what}, and no config of "):
+        compose.build(compose.compose([*asked, "export=hf"]).config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["prune/magnitude", "magnitude.scope=global"], ["prune/heads", "heads.schedule=cubic"],
+     ["prune/heads", "heads.keep=[1,1]", "heads.schedule=cubic"], ["factorize/svd", "svd.rank=4"],
+     ["quantize/int8"]],
+    ids=str,
+)  # fmt: skip
+def test_what_a_config_may_tell_of_is_not(settings: list[str]) -> None:
+    asked = [f"compression={settings[0]}", *(f"compression.{one}" for one in settings[1:])]
+    compose.build(compose.compose(["model=tiny-bert", "export=hf", *asked]).config)
 
 
 def test_layers_that_a_plain_model_lacks_are_refused_before_the_fit(setting: Callable[..., Any]) -> None:

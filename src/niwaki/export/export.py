@@ -56,9 +56,8 @@ class Export(abc.ABC):
                 "for which this format has no graphs; export=onnx and export=hf can"
             )
 
-    def conflict(self, stages: Sequence[Stage], *, stored: bool) -> str | None:
-        """The reason why what these stages make of a model cannot be exported, or None. `stored`: whether weights are
-        saved in the few bits that they have."""
+    def conflict(self, stages: Sequence[Stage]) -> str | None:
+        """The reason why what these stages make of a model cannot be exported, or None."""
         return None
 
     @abc.abstractmethod

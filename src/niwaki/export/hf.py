@@ -60,24 +60,21 @@ class HuggingFace(Export):
         if self.weights == "torchao" and odd:
             raise ConfigError(f"export.hf.weights=torchao: {odd[0]} is no nn.Linear in transformers; needs dense")
 
-    def conflict(self, stages: Sequence[Stage], *, stored: bool) -> str | None:
+    def conflict(self, stages: Sequence[Stage]) -> str | None:
         from niwaki.compression.quantize.floats import FloatStorage
         from niwaki.stage import Phase
 
-        uneven = [stage for stage in stages if stage.leaves_out_units and getattr(stage, "scope", None) == "global"]
-        if uneven:
-            return (
-                f"export=hf and {uneven[0].name} with scope=global: blocks come out of different widths, and a config "
-                "of transformers tells of one; use scope=layer"
-            )
+        foreign = [(stage.name, what) for stage in stages if (what := stage.foreign())]
+        if foreign:
+            name, what = foreign[0]
+            return f"export={self.name} and {name}: there will be {what}, and no config of transformers tells of them"
         if self.weights == "dense":
             return None
         grids = [stage for stage in stages if stage.phase is Phase.QUANTIZE and stage.acts_on_linears]
-        if not grids or not stored:
+        if not grids:
             return (
-                "export.hf.weights=torchao: no linear is stored as integers; "
-                + ("add compression=quantize/weight_only" if stored else "set store=auto")
-                + ", or leave it dense"
+                "export.hf.weights=torchao: no linear is stored as integers; add compression=quantize/weight_only, or "
+                "leave it dense"
             )
         if isinstance(grids[0], FloatStorage):
             return (

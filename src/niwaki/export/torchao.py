@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.compression.quantize.tables import IntegerTable
 from niwaki.export.export import ExportError
 from niwaki.weights import Packed, packed
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, Packed]]:
+    """The packed linears of a model, by name; embeddings go out dense."""
+    return ((name, module) for name, module in packed(model) if not isinstance(module, IntegerTable))
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -22,7 +29,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ExportError: there is none, or torchao has no tensor for one.
     """
-    made = {f"{name}.weight": tensor(module, name) for name, module in packed(model)}
+    made = {f"{name}.weight": tensor(module, name) for name, module in linears(model)}
     if not made:
         raise ExportError("weights=torchao: no linear is on a grid of integers; leave it dense")
     return made
@@ -61,7 +68,7 @@ def card(model: nn.Module) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, PerRow
     from transformers import TorchAoConfig
 
-    first: Any = next(packed(model))[1]
+    first: Any = next(linears(model))[1]
     if first.zero is None:
         return TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(first.group) if first.group else PerRow()))
     granularity = PerGroup(first.group) if first.group else PerAxis(0)

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from niwaki import compose
 from niwaki.compression.quantize.integers import IntegerLinear
 from niwaki.compression.quantize.layout import Layout
 from niwaki.compression.quantize.qat import QAT
@@ -118,7 +119,49 @@ def test_only_pact_decays(setting: Callable[..., Any]) -> None:
         assert not stage.prepare(one.model, one.context()).terms
 
 
+def test_an_observed_range_is_the_moving_average_of_what_was_seen() -> None:
+    """Jacob et al., section 3.1: of what enters before the grid begins too; not in eval mode, nor once held."""
+    grid = TrainedGrid(torch.Size((2, 3)), Layout(bits=8), "absmax", 4, "observed", begun=False).train()
+    first, second = torch.tensor([[0.5, -2.0, 1.0]]), torch.tensor([[5.0, -3.0, 0.7]], requires_grad=True)
+    assert torch.equal(grid.enter(first), first)
+    assert grid.inputs is not None
+    assert not list(grid.inputs.parameters())
+    assert grid.inputs.learned.item() == 2.0
+    grid.begin(torch.ones(2, 3))
+    found = grid.enter(second)
+    end = 2.0 + 0.01 * (5.0 - 2.0)
+    assert grid.inputs.learned.item() == pytest.approx(end)
+    assert found.tolist()[0] == pytest.approx([end, -end, round(0.7 * 7 / end) * end / 7])
+    found.backward(torch.tensor([[1.0, 10.0, 100.0]]))
+    assert second.grad is not None
+    assert second.grad.tolist()[0] == [0.0, 0.0, 100.0]
+    grid.eval().enter(torch.full((1, 3), 50.0))
+    assert grid.inputs.learned.item() == pytest.approx(end)
+    grid.train().hold(torch.ones(2, 3))
+    grid.enter(torch.full((1, 3), 50.0))
+    assert grid.inputs.learned.item() == pytest.approx(end)
+    assert float(grid.record(torch.ones(2, 3))["input_scale"]) == pytest.approx(end / 7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [({"activation_scale": "lsq"}, "activation_scale=lsq"), ({"activation_scale": "pact"}, "activation_scale=pact"),
+     ({"scale": "lsq", "begin": 0.3}, "begin=0.3"), ({"scale": "lsq"}, None), ({"begin": 0.3}, None),
+     ({"activation_scale": "observed", "begin": 0.3}, None)],
+)  # fmt: skip
+def test_an_average_along_the_fit_would_hold_what_stood_there_before(fields: dict[str, Any], why: str | None) -> None:
+    settings = [f"compression.qat.{name}={value}" for name, value in fields.items()]
+    for one in (["callbacks=ema"], ["callbacks=swa"], ["optimizer=schedule_free", "schedule=constant"]):
+        asked = ["model=tiny-bert", "compression=quantize/qat", *settings, *one]
+        if why is None:
+            compose.build(compose.compose(asked).config)
+            continue
+        with pytest.raises(ConfigError, match=rf"^{one[0]} and quantize/qat with {why}: scales that learn .*; leave"):
+            compose.build(compose.compose(asked).config)
+
+
 KINDS = [
+    {"activation_scale": "observed", "begin": 0.3, "freeze": 0.6}, {"activation_scale": "observed"},
     {"scale": "lsq"}, {"activation_scale": "lsq"}, {"scale": "lsq", "activation_scale": "pact", "bits": 4, "group": 8},
     {"begin": 0.3, "freeze": 0.6}, {"scale": "lsq", "activation_scale": "lsq", "begin": 0.3, "freeze": 0.6},
 ]  # fmt: skip
@@ -226,7 +269,7 @@ def test_scales_of_a_linear_that_rests_rest_too() -> None:
         ({"freeze": 0.2, "begin": 0.3}, "freeze=0.2: needs null or a number above"),
         ({"activation_bits": None, "activation_scale": "lsq"}, "activation_scale=lsq: has no effect with"),
         ({"pact_decay": -0.1}, "pact_decay=-0.1: needs a number of at least 0"),
-        ({"activation_scale": "all"}, "activation_scale='all': needs one of token, lsq, pact"),
+        ({"activation_scale": "all"}, "activation_scale='all': needs one of token, observed, lsq, pact"),
     ],
 )  # fmt: skip
 def test_refusals(fields: dict[str, Any], said: str) -> None:

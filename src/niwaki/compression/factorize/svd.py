@@ -116,6 +116,9 @@ class SVD(Stage):
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"{FIELD}.rows={self.rows}: needs null or a whole number of at least 1")
 
+    def foreign(self) -> str | None:
+        return None if self.energy is None else "linears that are a product of two"
+
     def conflict(self, others: Sequence[Stage]) -> str | None:
         cutting = next((o for o in others if o.leaves_out_units and getattr(o, "schedule", "") != "one_shot"), None)
         if cutting is None:

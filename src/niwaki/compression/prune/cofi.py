@@ -97,6 +97,9 @@ class CoFi(Stage):
         """The field that names the teacher, if there is one, and where it is."""
         return {} if self.teacher is None else {f"{FIELD}.teacher": self.teacher}
 
+    def foreign(self) -> str | None:
+        return "sublayers of different widths"
+
     def conflict(self, others: Sequence[Stage]) -> str | None:
         for other in others:
             if isinstance(other, Structured):

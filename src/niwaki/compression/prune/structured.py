@@ -110,6 +110,12 @@ class Structured(Stage):
             10 if self.interval is None else self.interval,
         )
 
+    def foreign(self) -> str | None:
+        kept = self.keep if isinstance(self.keep, Sequence) else ()
+        widths = {one if isinstance(one, int) else len(one) for one in kept}
+        uneven = self.scope == "global" or (len(widths) > 1 and self.schedule == "cubic")
+        return "sublayers of different widths" if uneven else None
+
     def conflict(self, others: Sequence[Stage]) -> str | None:
         gradual = self.schedule == "cubic"
         for other in others:

@@ -17,6 +17,7 @@ from niwaki.stage import Context
 from niwaki.weights import stack
 
 Range = Literal["min_max", "percentile", "mse"]
+MANY = 8  # times as many values as are drawn: hardly one is drawn twice, and to order them all takes long
 KEPT = 2**18  # values of a linear's inputs that a range is found from
 
 
@@ -35,10 +36,13 @@ class Sample:
         return Sample(torch.maximum(self.largest, other.largest), values, count)
 
     def thinned(self, size: int) -> Tensor:
-        """At most `size` of the values, the same ones each time."""
-        if len(self.values) <= size:
+        """At most `size` of the values, the same ones each time; of very many each is drawn by itself."""
+        held = len(self.values)
+        if held <= size:
             return self.values
-        drawn = torch.randperm(len(self.values), generator=torch.Generator().manual_seed(self.count))[:size]
+        source = torch.Generator().manual_seed(self.count)
+        few = held > MANY * size
+        drawn = torch.randint(held, (size,), generator=source) if few else torch.randperm(held, generator=source)[:size]
         return self.values[drawn.to(self.values.device)]
 
 
@@ -65,6 +69,8 @@ class Int8Static(CalibratedGrid):
 
     def statistic(self, values: Tensor) -> Sample:
         sizes = values.abs().flatten()
+        if self.range == "min_max":
+            return Sample(sizes.max(), sizes[:0], len(sizes))
         whole = Sample(sizes.max(), sizes, len(sizes))
         return Sample(whole.largest, whole.thinned(KEPT), whole.count)
 

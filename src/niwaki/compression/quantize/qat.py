@@ -26,11 +26,13 @@ class QAT(Stage):
     `bits`: 2 to 8. `group`: inputs that share a scale; null for one scale per output channel.
     `activation_bits`: inputs of the linears rounded to so many bits; null leaves them alone.
     `scale`: absmax, or lsq: s learns with the weights (Esser et al. 2019, arXiv:1902.08153), and what lies beyond the
-    last code is clipped. `activation_scale`: token, drawn from each token; lsq, one learned step for a linear; pact,
-    one learned end of the range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs
-    through it. `pact_decay`: times the square of each such end, joins the loss. `begin`: the fraction of the fit after
-    which it runs through the grid. `freeze`: the one from which scales stay as they are; null: never. Codes are -q..q
-    here, where LSQ's signed ones have one more below.
+    last code is clipped. `activation_scale`: token, drawn from each token; or one for a linear: observed, the moving
+    average of the largest |x| of a batch (Jacob et al., section 3.1); lsq, a learned step; pact, a learned end of the
+    range (Choi et al. 2018, arXiv:1805.06085). A learned one starts at the first batch that runs through it, an
+    observed one is observed from the first step of the fit. `pact_decay`: times the square of each end of pact, joins
+    the loss. `begin`: the fraction of the fit after which it runs through the grid. `freeze`: the one from which scales
+    stay as they are, but for those of a token; null: never. Codes are -q..q here, where LSQ's signed ones have one more
+    below.
     `targets`: a regular expression on the whole name of a linear, or a list of the parts that they play; null for all
     linears of the blocks.
     """
@@ -84,6 +86,16 @@ class QAT(Stage):
     def _plain(self) -> bool:
         """Whether nothing of the grid is known from one step to the next."""
         return (self.scale, self.activation_scale, self.begin, self.freeze) == ("absmax", "token", 0.0, None)
+
+    def averaging(self) -> str | None:
+        learned = self.activation_scale in ("lsq", "pact")
+        if not learned and (self.scale != "lsq" or not self.begin):
+            return None
+        which = f"activation_scale={self.activation_scale}" if learned else f"begin={self.begin}"
+        return (
+            f"{self.name} with {which}: scales that learn are drawn within the fit, and what stood there before would "
+            "count in the average"
+        )
 
     def needs_fit(self) -> str | None:
         if self._plain:

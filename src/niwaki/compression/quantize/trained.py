@@ -19,8 +19,9 @@ from niwaki.stage import Phase
 from niwaki.weights import Link, entering
 
 WeightScale = Literal["absmax", "lsq"]
-InputScale = Literal["token", "lsq", "pact"]
+InputScale = Literal["token", "observed", "lsq", "pact"]
 LEAST = 1e-8  # a scale
+NEWS = 0.01  # the share of a batch in a range that is observed
 
 
 class LearnedStep(torch.autograd.Function):
@@ -68,17 +69,23 @@ class Flags(nn.Module):
 
 
 class InputGrid(nn.Module):
-    """One learned scale for all that enters a linear, drawn from the first batch of the fit that runs through it.
+    """One scale for all that enters a linear, drawn from the first batch of the fit that runs through it.
 
     lsq: the step s itself learns. pact: clip(x, -a, a) with a learned end a, and s = a / q; the gradient of a is that
-    of what lies beyond it, and of its decay (`Decay`). PACT's activations are positive, these lie around 0.
+    of what lies beyond it, and of its decay (`Decay`). PACT's activations are positive, these lie around 0. observed:
+    so with an end that is the moving average of max|x| over the batches of the fit, and has no gradient.
     """
+
+    learned: Tensor
 
     def __init__(self, bits: int, kind: InputScale) -> None:
         super().__init__()
         self.last = largest_code(bits)
         self.kind = kind
-        self.learned = nn.Parameter(torch.ones(1))
+        if kind == "observed":
+            self.register_buffer("learned", torch.ones(1))
+        else:
+            self.learned = nn.Parameter(torch.ones(1))
         self.flags = Flags(drawn=False)
 
     @property
@@ -90,7 +97,16 @@ class InputGrid(nn.Module):
     def step(self) -> Tensor:
         """s, (1,)."""
         size = self.learned.abs().clamp(min=LEAST)
-        return size / self.last if self.kind == "pact" else size
+        return size if self.kind == "lsq" else size / self.last
+
+    @torch.no_grad()
+    def observe(self, values: Tensor) -> None:
+        """Let a batch move the end of the range."""
+        largest = values.float().abs().max().clamp(min=LEAST)
+        if self.drawn:
+            self.learned.lerp_(largest, NEWS)
+        else:
+            self._draw(values)
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.drawn:
@@ -109,7 +125,7 @@ class InputGrid(nn.Module):
     @torch.no_grad()
     def _draw(self, values: Tensor) -> None:
         sizes = values.float().abs()
-        start = sizes.max() if self.kind == "pact" else 2 * sizes.mean() / math.sqrt(self.last)
+        start = 2 * sizes.mean() / math.sqrt(self.last) if self.kind == "lsq" else sizes.max()
         self.learned.fill_(float(start.clamp(min=LEAST)))
         self.flags.set("drawn")
 
@@ -193,7 +209,9 @@ class TrainedGrid(Link):
         return found.reshape(weight.shape)
 
     def enter(self, values: Tensor) -> Tensor:
-        """What enters the linear, rounded."""
+        """What enters the linear, rounded. A range is observed before the grid begins too, until scales are held."""
+        if self.inputs is not None and self.inputs.kind == "observed" and self.training and not self.frozen:
+            self.inputs.observe(values)
         if not self.begun or not self.activation_bits:
             return values
         if self.inputs is None:
