@@ -9,7 +9,8 @@
 #   experiments/quantization/study.sh signs SST2                ternary weights with distillation
 #   experiments/quantization/study.sh ner CONLL                 all of these for names
 #   experiments/quantization/study.sh composed SST2             2:4, LoRA and 8 bits in one run
-#   experiments/quantization/study.sh small SST2                half the blocks, heads and neurons, and 8 bits, in one run
+#   experiments/quantization/study.sh small SST2                fewer blocks, heads and neurons, and 8 bits, in one run
+#   experiments/quantization/study.sh speed SST2                the clock of these; let nothing run beside it
 #
 # SST2 and CONLL are folders with train, validation and test.jsonl. Each run on them is exported to ONNX and scored there.
 set -euo pipefail
@@ -68,6 +69,17 @@ all_after() { # PREFIX
   after "$1gptq" gptq
   after "$1awq" awq
 }
+small() { # NAME-TUNING BLOCKS CUTS RATIO TERMS EPOCHS
+  local cuts=${3:+,prune/${3//,/,prune/}} terms=,distill/${5//,/,distill/} more=()
+  for cut in ${3//,/ }; do
+    more+=("compression.$cut.ratio=$4" "compression.$cut.importance=taylor")
+  done
+  task=(optimizer.lr=1e-4)
+  [ "${1##*-}" = full ] || task=(optimizer.lr=2e-3)
+  rows "$1" "prune/layers$cuts,quantize/qat$terms" 0 model=pretrained "$(start 0)" "tuning=${1##*-}" \
+    compression.prune_layers.by=list "compression.prune_layers.blocks=$2" "${more[@]}" \
+    "compression.logits.teacher=$teacher" "trainer.max_epochs=$6"
+}
 case $what in
   stories)
     stories dense "" trainer.max_epochs=0 seed=0
@@ -110,19 +122,23 @@ case $what in
     rows composed prune/magnitude,quantize/int8 0 tuning=lora optimizer.lr=2e-3 "compression.magnitude.pattern='2:4'"
     ;;
   small)
-    teacher="$dense/seed=0/model" exports=onnx,onnx_int8
-    for tuning in lora full; do
-      task=(optimizer.lr=1e-4)
-      [ $tuning = full ] || task=(optimizer.lr=2e-3)
-      rows "small-$tuning" prune/layers,prune/neurons,prune/heads,quantize/qat,distill/logits,distill/hidden 0 \
-        model=pretrained "$(start 0)" "tuning=$tuning" compression.prune_layers.by=list \
-        'compression.prune_layers.blocks=[1,3,5]' compression.neurons.ratio=0.5 compression.heads.ratio=0.5 \
-        compression.neurons.importance=taylor compression.heads.importance=taylor \
-        "compression.logits.teacher='$teacher'" trainer.max_epochs=6
+    teacher="'$dense/seed=0/model'" exports=onnx,onnx_int8
+    small small-lora '[1,3,5]' neurons,heads 0.5 logits,hidden 6
+    small small-full '[1,3,5]' neurons,heads 0.5 logits,hidden 6
+    small wide-lora '[1,3,5]' neurons 0.5 logits,hidden 6
+    small thin-lora '[1,3,5]' neurons 0.5 logits,minilm 12
+    small two-lora '[2,5]' "" "" logits,hidden,attention 12
+    small two-full '[2,5]' "" "" logits,hidden,attention 12
+    small quarter-lora '[1,3,5]' neurons 0.25 logits,hidden,attention 12
+    ;;
+  speed)
+    for run in dense/seed=0 int8-0/run int8_static-min_max-0/run qat-8/seed=0 weight_only-0/run gptq-0/run qat-4/seed=0 \
+      ternary-0/run quarter-lora/run; do
+      .venv/bin/niwaki speed "logs/quantization-$run"
     done
     ;;
   *)
-    echo "$what: needs stories, trained, dense, after, aware, signs, ner, composed or small" >&2
+    echo "$what: needs stories, trained, dense, after, aware, signs, ner, composed, small or speed" >&2
     exit 2
     ;;
 esac

@@ -53,7 +53,7 @@ class Int8Static(CalibratedGrid):
 
     paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877; Wu et al. 2020, arXiv:2004.09602"
 
-    range: Range = "percentile"
+    range: Range = "min_max"
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
