@@ -15,9 +15,14 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from niwaki import artifact  # noqa: E402
+from niwaki.compression.quantize.bf16 import BFloat16  # noqa: E402
 from niwaki.compression.quantize.embeddings import Embeddings  # noqa: E402
+from niwaki.compression.quantize.float8 import Float8  # noqa: E402
+from niwaki.compression.quantize.hqq import HQQ  # noqa: E402
 from niwaki.compression.quantize.int8 import Int8  # noqa: E402
 from niwaki.compression.quantize.integers import to_codes  # noqa: E402
+from niwaki.compression.quantize.weight_only import WeightOnly  # noqa: E402
+from niwaki.compression.share.codebook import CodebookSharing  # noqa: E402
 from niwaki.errors import ConfigError  # noqa: E402
 from niwaki.export.onnx import FILE  # noqa: E402
 from niwaki.export.onnx_int8 import OnnxInt8  # noqa: E402
@@ -86,6 +91,44 @@ def test_everything_large_is_8_bits_and_there_once(
     assert 0 < off < 0.1 * float(ours.abs().max())
     assert export.bound(kept.model) is None
     assert export.loss_allowed(kept.model) == 0.01
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [WeightOnly(group=16), WeightOnly(bits=8, group=16), HQQ(group=None), Float8(activations=True), BFloat16(),
+     CodebookSharing()],
+    ids=lambda stage: stage.name,
+)  # fmt: skip
+def test_what_has_no_scale_per_channel_is_drawn_anew(setting: Callable[..., Any], tmp_path: Path, stage: Any) -> None:
+    """On the 8-bit grid of the weight that the artifact's linear stands for."""
+    one = setting()
+    kept = saved(one, tmp_path / "model", stage)
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), batch, tmp_path / "int8")
+    graph = onnx.load(tmp_path / "int8" / FILE).graph
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    linears = list(packed(kept.model))
+    assert len(linears) == len(setting().context().anatomy.linears())
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == len(linears)
+    for name, module in linears:
+        codes, scale = to_codes(module.dequantized().float(), 8)
+        assert np.array_equal(held[f"{name}.codes"].T, codes.numpy())
+        assert np.array_equal(held[f"{name}.scale"], scale[:, 0].numpy())
+    ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
+    assert 0 < float((ours - theirs).abs().max()) < 0.1 * float(ours.abs().max())
+
+
+def test_codes_with_one_scale_per_channel_stay(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    kept = saved(one, tmp_path / "model", WeightOnly(bits=4, group=None))
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), one.task.inputs(one.batch()), tmp_path / "int8")
+    graph = onnx.load(tmp_path / "int8" / FILE).graph
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for name, module in packed(kept.model):
+        integers: Any = module
+        assert np.array_equal(held[f"{name}.codes"].T.astype(np.int8), integers.integers().numpy())
 
 
 @pytest.mark.parametrize("bits", [8, 4])

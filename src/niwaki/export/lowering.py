@@ -248,7 +248,9 @@ def turned_codes(module: IntegerLinear, graph: Graph) -> Any:
 
 
 def dynamic_product(module: IntegerLinear, values: Any, graph: Graph) -> Any:
-    """A product whose input is rounded by one scale for all tokens, in the nodes that ONNX Runtime makes one of."""
+    """A product whose input is rounded by one scale for all tokens, in the nodes that ONNX Runtime makes one of; the
+    linear has one scale per channel."""
+    assert module.scale.shape[1] == 1, graph.key
     weight = graph.once(lambda: turned_codes(module, graph))
     points = [] if (zero := zero_points(module)) is None else [
         graph.constant(zero[:, 0].to(torch.int8), ir.DataType.INT8, "zero")
@@ -278,6 +280,7 @@ def tied_head(head: TiedHead, values: Any, graph: Graph) -> Any:
     held = replace(graph, key=head.table.key)
     codes = table_codes(head.table, held)
     if graph.kernels == "dynamic":
+        assert head.table.scale.shape[1] == 1, graph.key
         weight = graph.once(lambda: graph.node("Transpose", codes, perm=[1, 0]))
         product = dynamic_sums(
             values, weight, [], graph.constant(head.table.scale[:, 0].float(), name="scale"), graph

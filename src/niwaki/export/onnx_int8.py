@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
-from niwaki.compression.quantize.tables import IntegerEmbedding
+from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
 from niwaki.export.graphs import whole
 from niwaki.export.onnx import FILE, OPSETS, described, keep_norms_apart, plain_attention, save, share_tables, traced
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
-from niwaki.weights import Packed, replace_everywhere
+from niwaki.weights import Packed, packed, replace_everywhere
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
@@ -52,8 +52,7 @@ class OnnxInt8(Export):
         from niwaki.export import lowering
 
         model = plain_attention(saved.model)
-        names = list(Anatomy.of(model).linears())
-        to_8_bits(model, names)
+        to_8_bits(model)
         held = {**hold_out_table(model), **lowering.hold_out(model)}
         lowering.to_plain(model)
         graph = traced(model, whole(model, example), OPSETS[0])
@@ -74,13 +73,12 @@ class OnnxInt8(Export):
         return self.tolerance
 
 
-def to_8_bits(model: nn.Module, names: list[str]) -> None:
-    """Put every linear of the blocks that has not one scale per channel on a symmetric 8-bit grid of its own."""
-    for name in names:
-        linear: Any = model.get_submodule(name)
-        if isinstance(linear, IntegerLinear) and linear.scale.shape[1] == 1 and not has_real_zero(linear):
-            continue
-        if not isinstance(linear, nn.Linear | Packed):  # below an adapter
+def to_8_bits(model: nn.Module) -> None:
+    """Put every linear of the blocks, and every packed one, on a symmetric 8-bit grid of its own, where it has not one
+    scale per channel already."""
+    found: dict[str, Any] = {**dict(packed(model)), **Anatomy.of(model).linears()}
+    for linear in found.values():
+        if isinstance(linear, IntegerTable) or (isinstance(linear, IntegerLinear) and has_channel_scales(linear)):
             continue
         weight = linear.dequantized() if isinstance(linear, Packed) else linear.weight.detach()
         integer = IntegerLinear(
@@ -91,10 +89,10 @@ def to_8_bits(model: nn.Module, names: list[str]) -> None:
         replace_everywhere(model, linear, integer)
 
 
-def has_real_zero(linear: IntegerLinear) -> bool:
-    """Whether zero lies between two codes."""
+def has_channel_scales(linear: IntegerLinear) -> bool:
+    """Whether a product of integers needs but one scale per channel afterwards: zero is a code where there is one."""
     zero = getattr(linear, "zero", None)
-    return zero is not None and zero.is_floating_point()
+    return linear.scale.shape[1] == 1 and (zero is None or not zero.is_floating_point())
 
 
 def hold_out_table(model: Any) -> dict[str, Any]:
