@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
-from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable
+from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, UseIntegerTables, users
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
 from niwaki.export.graphs import whole
 from niwaki.export.onnx import FILE, OPSETS, described, keep_norms_apart, plain_attention, save, share_tables, traced
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
+from niwaki.model.embeddings import table_of
 from niwaki.weights import Packed, packed, replace_everywhere
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ class OnnxInt8(Export):
     """y = s_x s_w (codes_x - zero_x) codes_w + bias, with s_x and zero_x drawn from the whole input.
 
     Linears with one scale per channel, and tables with one per row, keep our codes and scales. All others of the blocks
-    (dense, in groups, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a scale per
-    channel or row; so is an output layer that is tied to it. Inputs are rounded otherwise than in the artifact, and all
-    rows of a batch share a scale, so the bound is on the scores: `tolerance`, what share of the artifact's test
-    metric may be lost.
+    (dense, in groups, of floats, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a
+    scale per channel or row; so is an output layer that is tied to it.
+    Inputs are rounded otherwise than in the artifact, and all rows of a batch share a scale, so the bound is on the
+    scores: `tolerance`, what share of the artifact's test metric may be lost.
     """
 
     paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877; ONNX, 2017, github.com/onnx/onnx"
@@ -53,7 +54,8 @@ class OnnxInt8(Export):
 
         model = plain_attention(saved.model)
         to_8_bits(model)
-        held = {**hold_out_table(model), **lowering.hold_out(model)}
+        tables_to_8_bits(model)
+        held = lowering.hold_out(model)
         lowering.to_plain(model)
         graph = traced(model, whole(model, example), OPSETS[0])
         lowering.lower(graph, held, OPSETS[0], "dynamic")
@@ -95,20 +97,17 @@ def has_channel_scales(linear: IntegerLinear) -> bool:
     return linear.scale.shape[1] == 1 and (zero is None or not zero.is_floating_point())
 
 
-def hold_out_table(model: Any) -> dict[str, Any]:
-    """Put placeholders where the table of the embeddings stands, and an output layer that is tied to it, on an 8-bit
-    grid; none where the table is on one already, of a scale for each row."""
-    from niwaki.export.lowering import Placeholder, Rows, Table, TiedHead
-
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    ours = isinstance(embedding, IntegerEmbedding)
-    if embedding.table.scale.shape[1] == 1 if ours else type(embedding) is not nn.Embedding:
-        return {}
+def tables_to_8_bits(model: Any) -> None:
+    """Put the table of the embeddings, wherever rows of it are looked up and where an output layer is tied to it, on a
+    symmetric 8-bit grid of its own, where it has not one scale per row already."""
+    embedding: Any = table_of(model)
+    if isinstance(embedding, IntegerEmbedding):
+        if embedding.table.scale.shape[1] == 1:
+            return
+        embedding.table.put_dense(model, "")
+        embedding = table_of(model)
+    name = next(iter(users(model, embedding.weight)))
     codes, scale = to_codes(embedding.weight.detach().float(), 8)
-    table = Table("embeddings", codes.to(torch.int8), scale)
-    held: dict[str, Any] = {"embeddings": Rows(table, embedding.factor if ours else None)}
-    if output is not None and output.weight is embedding.weight:
-        held["head"] = TiedHead(table, output.bias)
-        replace_everywhere(model, output, Placeholder("head", held["head"]))
-    replace_everywhere(model, embedding, Placeholder("embeddings", held["embeddings"]))
-    return held
+    UseIntegerTables(tables=[name], bits=8, group=None).apply(model)
+    integers: Any = model.get_submodule(name)
+    integers.table.store(codes.to(torch.int8), scale)
