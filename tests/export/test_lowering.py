@@ -10,6 +10,7 @@ import torch
 from exported import IN, OUT, answered, by_hand, integers, lowered, rows, widened
 from torch import nn
 
+from niwaki.compression.quantize import kernels
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
 from niwaki.compression.share.stored import CodebookLinear
 
@@ -53,6 +54,14 @@ def test_the_sums_of_products_are_the_same_integers(bits: int, activation_bits: 
     expected = codes.to(torch.int64) @ linear.integers().to(torch.int64).t()
     assert int(expected.abs().max()) > 10
     assert np.array_equal(sums.reshape(-1, OUT), expected.numpy())
+
+
+def test_the_machine_that_exports_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of integers stay so in the file where the CPU has no kernel of torch's that gives them exactly."""
+    monkeypatch.setattr(kernels, "PRODUCTS", {})
+    linear = integers(8, None, 8)
+    assert not linear.runs_on_integers
+    assert [node.op_type for node in lowered(linear).graph].count("MatMulInteger") == 1
 
 
 def test_halves_are_rounded_to_even() -> None:

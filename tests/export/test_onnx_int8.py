@@ -15,12 +15,19 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from niwaki import artifact  # noqa: E402
+from niwaki.compression.factorize.embeddings import Embeddings as Factorized  # noqa: E402
+from niwaki.compression.quantize.bf16 import BFloat16  # noqa: E402
 from niwaki.compression.quantize.embeddings import Embeddings  # noqa: E402
+from niwaki.compression.quantize.float8 import Float8  # noqa: E402
+from niwaki.compression.quantize.hqq import HQQ  # noqa: E402
 from niwaki.compression.quantize.int8 import Int8  # noqa: E402
 from niwaki.compression.quantize.integers import to_codes  # noqa: E402
+from niwaki.compression.quantize.weight_only import WeightOnly  # noqa: E402
+from niwaki.compression.share.codebook import CodebookSharing  # noqa: E402
 from niwaki.errors import ConfigError  # noqa: E402
 from niwaki.export.onnx import FILE  # noqa: E402
 from niwaki.export.onnx_int8 import OnnxInt8  # noqa: E402
+from niwaki.model.embeddings import table_of  # noqa: E402
 from niwaki.weights import packed  # noqa: E402
 
 
@@ -70,8 +77,9 @@ def test_everything_large_is_8_bits_and_there_once(
         assert np.array_equal(codes.T, module.integers().numpy())  # type: ignore[operator]
     table = kept.model.get_input_embeddings().weight.detach()
     codes, scale = to_codes(table, 8)
-    assert np.array_equal(onnx.numpy_helper.to_array(held["embeddings.codes"]), codes.numpy().astype(np.int8))
-    assert np.array_equal(onnx.numpy_helper.to_array(held["embeddings.scale"]), scale.numpy())
+    (name,) = [name for name, one in kept.model.named_modules() if one is kept.model.get_input_embeddings()]
+    assert np.array_equal(onnx.numpy_helper.to_array(held[f"{name}.codes"]), codes.numpy().astype(np.int8))
+    assert np.array_equal(onnx.numpy_helper.to_array(held[f"{name}.scale"]), scale.numpy())
     tied = kept.model.get_output_embeddings().weight is kept.model.get_input_embeddings().weight
     same = [name for name, tensor in held.items() if sorted(tensor.dims) == sorted(table.shape)]
     assert len(same) == (1 if tied else 2)
@@ -88,6 +96,44 @@ def test_everything_large_is_8_bits_and_there_once(
     assert export.loss_allowed(kept.model) == 0.01
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [WeightOnly(group=16), WeightOnly(bits=8, group=16), HQQ(group=None), Float8(activations=True), BFloat16(),
+     CodebookSharing()],
+    ids=lambda stage: stage.name,
+)  # fmt: skip
+def test_what_has_no_scale_per_channel_is_drawn_anew(setting: Callable[..., Any], tmp_path: Path, stage: Any) -> None:
+    """On the 8-bit grid of the weight that the artifact's linear stands for."""
+    one = setting()
+    kept = saved(one, tmp_path / "model", stage)
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), batch, tmp_path / "int8")
+    graph = onnx.load(tmp_path / "int8" / FILE).graph
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    linears = list(packed(kept.model))
+    assert len(linears) == len(setting().context().anatomy.linears())
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == len(linears)
+    for name, module in linears:
+        codes, scale = to_codes(module.dequantized().float(), 8)
+        assert np.array_equal(held[f"{name}.codes"].T, codes.numpy())
+        assert np.array_equal(held[f"{name}.scale"], scale[:, 0].numpy())
+    ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
+    assert 0 < float((ours - theirs).abs().max()) < 0.1 * float(ours.abs().max())
+
+
+def test_codes_with_one_scale_per_channel_stay(setting: Callable[..., Any], tmp_path: Path) -> None:
+    one = setting()
+    kept = saved(one, tmp_path / "model", WeightOnly(bits=4, group=None))
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), one.task.inputs(one.batch()), tmp_path / "int8")
+    graph = onnx.load(tmp_path / "int8" / FILE).graph
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for name, module in packed(kept.model):
+        integers: Any = module
+        assert np.array_equal(held[f"{name}.codes"].T.astype(np.int8), integers.integers().numpy())
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integer_embeddings_keep_their_codes(setting: Callable[..., Any], tmp_path: Path, bits: int) -> None:
     one = setting("llama", "causal_lm")
@@ -102,6 +148,31 @@ def test_integer_embeddings_keep_their_codes(setting: Callable[..., Any], tmp_pa
     assert np.array_equal(onnx.numpy_helper.to_array(held[f"{name}.scale"]), table.scale.numpy())  # type: ignore[operator, union-attr]
     ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
     off = float((ours - theirs)[batch["attention_mask"].bool()].abs().max())
+    assert 0 < off < 0.1 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "stages"),
+    [("t5", "classification", []), ("bart", "classification", []),
+     ("bert", "masked_lm", [Factorized(rank=16), Embeddings(bits=8, group=8)]),
+     ("bert", "masked_lm", [Factorized(rank=16)])],
+    ids=["two modules around it", "multiplied", "factors in groups", "factors"],
+)  # fmt: skip
+def test_a_table_is_8_bits_whoever_reads_it(
+    setting: Callable[..., Any], tmp_path: Path, family: str, task: str, stages: list[Any]
+) -> None:
+    one = setting(family, task, overrides={"scale_embedding": True} if family == "bart" else {})
+    kept = saved(one, tmp_path / "model", *stages)
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), batch, tmp_path / "int8")
+    held = onnx.load(tmp_path / "int8" / FILE).graph.initializer
+    table = table_of(kept.model).weight.detach()
+    codes, _ = to_codes(table, 8)
+    (found,) = [tensor for tensor in held if sorted(tensor.dims) == sorted(table.shape)]
+    assert np.array_equal(onnx.numpy_helper.to_array(found), codes.numpy().astype(np.int8))
+    ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
+    off = float((ours - theirs)[batch["attention_mask"].bool() if task == "masked_lm" else ...].abs().max())
     assert 0 < off < 0.1 * float(ours.abs().max())
 
 

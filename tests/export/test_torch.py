@@ -14,10 +14,14 @@ import torch
 from exported import IN, by_hand, integers, saved, widened
 
 from niwaki import artifact
+from niwaki.compression.quantize.float8 import Float8
+from niwaki.compression.quantize.floats import FloatLinear
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.integers import IntegerLinear
+from niwaki.compression.quantize.kernels import PRODUCTS, is_exact
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
+from niwaki.export.export import ExportError
 from niwaki.export.torch import COMPILERS, FILE, TorchExport, TracedIntegers
 from niwaki.model.anatomy import Anatomy
 
@@ -78,6 +82,33 @@ def test_what_else_a_linear_may_hold(group: int | None, activation_bits: int | N
     expected = by_hand(linear, values)
     found = TracedIntegers(linear)(values).detach()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(expected.abs().max()) * 1e-5)
+
+
+def test_inputs_of_8_bit_floats_are_rounded(setting: Callable[..., Any], tmp_path: Path) -> None:
+    """As in the artifact, whose answers are others than those of its weights alone."""
+    kept, batch, runner = made(setting, tmp_path, "bert", "classification", Float8(activations=True))
+    ours, theirs = kept.model(**batch).logits.detach(), runner(**batch).logits.detach()
+    for linear in kept.model.modules():
+        if isinstance(linear, FloatLinear):
+            linear.activations = False
+    off = float((kept.model(**batch).logits.detach() - ours).abs().max())
+    assert off > 1e-5  # the order of sums moves them by a hundredth of that
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0.2 * off)
+
+
+def test_integer_products_are_refused_where_sums_are_not_exact(
+    setting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, stages, expected in (("int8", [Int8()], True), ("dense", [], False)):
+        (tmp_path / name).mkdir()
+        made(setting, tmp_path / name, "bert", "classification", *stages)
+        card = json.loads((tmp_path / name / "torch" / "export.json").read_text())
+        assert card["integer_products"] == (expected and is_exact(PRODUCTS["cpu"]))
+    card["integer_products"] = True
+    (tmp_path / "dense" / "torch" / "export.json").write_text(json.dumps(card))
+    monkeypatch.setattr("niwaki.export.torch.is_exact", lambda _: False)
+    with pytest.raises(ExportError, match=r"^its products are those of integers by torch\._int_mm"):
+        TorchExport().runner(tmp_path / "dense" / "torch")
 
 
 def test_a_compiler_that_is_not_there_is_named_before_the_fit(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from niwaki import packing
 from niwaki.compression.quantize.floats import FloatLinear
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
+from niwaki.compression.quantize.kernels import sums_are_integers
 from niwaki.compression.quantize.tables import IntegerEmbedding, OfTable
 from niwaki.compression.share.stored import CodebookLinear, unpack
 from niwaki.export.export import ExportError
@@ -200,7 +201,8 @@ def lower(model: Any, held: dict[str, Any], opset: int, kernels: str = "portable
 
 
 def integer_linear(module: IntegerLinear, values: Any, graph: Graph) -> Any:
-    """IntegerLinear.forward, step by step."""
+    """IntegerLinear.forward, step by step; on integers wherever the layout allows it, on whatever machine it is made:
+    a runtime has kernels of its own."""
     if (factor := getattr(module, "factor", None)) is not None:
         values = graph.node("Mul", values, graph.constant(factor.float(), name="factor"))
     if graph.kernels == "dynamic":
@@ -208,7 +210,7 @@ def integer_linear(module: IntegerLinear, values: Any, graph: Graph) -> Any:
     if not module.activation_bits:
         return dequantized_product(module, values, graph)
     codes, scale = rounded(module, values, graph)
-    if not module.runs_on_integers or zero_points(module) is not None:
+    if not sums_are_integers(module.layout, module.activation_bits, module.in_features):
         return dequantized_product(module, graph.node("Mul", codes, scale), graph)
     product = integer_product(module, codes, graph)
     product = graph.node("Mul", graph.node("Cast", product, to=ir.DataType.FLOAT), scale)
@@ -248,7 +250,9 @@ def turned_codes(module: IntegerLinear, graph: Graph) -> Any:
 
 
 def dynamic_product(module: IntegerLinear, values: Any, graph: Graph) -> Any:
-    """A product whose input is rounded by one scale for all tokens, in the nodes that ONNX Runtime makes one of."""
+    """A product whose input is rounded by one scale for all tokens, in the nodes that ONNX Runtime makes one of; the
+    linear has one scale per channel."""
+    assert module.scale.shape[1] == 1, graph.key
     weight = graph.once(lambda: turned_codes(module, graph))
     points = [] if (zero := zero_points(module)) is None else [
         graph.constant(zero[:, 0].to(torch.int8), ir.DataType.INT8, "zero")
@@ -278,6 +282,7 @@ def tied_head(head: TiedHead, values: Any, graph: Graph) -> Any:
     held = replace(graph, key=head.table.key)
     codes = table_codes(head.table, held)
     if graph.kernels == "dynamic":
+        assert head.table.scale.shape[1] == 1, graph.key
         weight = graph.once(lambda: graph.node("Transpose", codes, perm=[1, 0]))
         product = dynamic_sums(
             values, weight, [], graph.constant(head.table.scale[:, 0].float(), name="scale"), graph

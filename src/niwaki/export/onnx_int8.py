@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.quantize.integers import IntegerLinear, to_codes
-from niwaki.compression.quantize.tables import IntegerEmbedding
+from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, UseIntegerTables, users
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
 from niwaki.export.graphs import whole
 from niwaki.export.onnx import FILE, OPSETS, described, keep_norms_apart, plain_attention, save, share_tables, traced
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
-from niwaki.weights import Packed, replace_everywhere
+from niwaki.model.embeddings import table_of
+from niwaki.weights import Packed, packed, replace_everywhere
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
@@ -32,10 +33,10 @@ class OnnxInt8(Export):
     """y = s_x s_w (codes_x - zero_x) codes_w + bias, with s_x and zero_x drawn from the whole input.
 
     Linears with one scale per channel, and tables with one per row, keep our codes and scales. All others of the blocks
-    (dense, in groups, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a scale per
-    channel or row; so is an output layer that is tied to it. Inputs are rounded otherwise than in the artifact, and all
-    rows of a batch share a scale, so the bound is on the scores: `tolerance`, what share of the artifact's test
-    metric may be lost.
+    (dense, in groups, of floats, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a
+    scale per channel or row; so is an output layer that is tied to it.
+    Inputs are rounded otherwise than in the artifact, and all rows of a batch share a scale, so the bound is on the
+    scores: `tolerance`, what share of the artifact's test metric may be lost.
     """
 
     paper: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877; ONNX, 2017, github.com/onnx/onnx"
@@ -52,9 +53,9 @@ class OnnxInt8(Export):
         from niwaki.export import lowering
 
         model = plain_attention(saved.model)
-        names = list(Anatomy.of(model).linears())
-        to_8_bits(model, names)
-        held = {**hold_out_table(model), **lowering.hold_out(model)}
+        to_8_bits(model)
+        tables_to_8_bits(model)
+        held = lowering.hold_out(model)
         lowering.to_plain(model)
         graph = traced(model, whole(model, example), OPSETS[0])
         lowering.lower(graph, held, OPSETS[0], "dynamic")
@@ -74,13 +75,12 @@ class OnnxInt8(Export):
         return self.tolerance
 
 
-def to_8_bits(model: nn.Module, names: list[str]) -> None:
-    """Put every linear of the blocks that has not one scale per channel on a symmetric 8-bit grid of its own."""
-    for name in names:
-        linear: Any = model.get_submodule(name)
-        if isinstance(linear, IntegerLinear) and linear.scale.shape[1] == 1 and not has_real_zero(linear):
-            continue
-        if not isinstance(linear, nn.Linear | Packed):  # below an adapter
+def to_8_bits(model: nn.Module) -> None:
+    """Put every linear of the blocks, and every packed one, on a symmetric 8-bit grid of its own, where it has not one
+    scale per channel already."""
+    found: dict[str, Any] = {**dict(packed(model)), **Anatomy.of(model).linears()}
+    for linear in found.values():
+        if isinstance(linear, IntegerTable) or (isinstance(linear, IntegerLinear) and has_channel_scales(linear)):
             continue
         weight = linear.dequantized() if isinstance(linear, Packed) else linear.weight.detach()
         integer = IntegerLinear(
@@ -91,26 +91,23 @@ def to_8_bits(model: nn.Module, names: list[str]) -> None:
         replace_everywhere(model, linear, integer)
 
 
-def has_real_zero(linear: IntegerLinear) -> bool:
-    """Whether zero lies between two codes."""
+def has_channel_scales(linear: IntegerLinear) -> bool:
+    """Whether a product of integers needs but one scale per channel afterwards: zero is a code where there is one."""
     zero = getattr(linear, "zero", None)
-    return zero is not None and zero.is_floating_point()
+    return linear.scale.shape[1] == 1 and (zero is None or not zero.is_floating_point())
 
 
-def hold_out_table(model: Any) -> dict[str, Any]:
-    """Put placeholders where the table of the embeddings stands, and an output layer that is tied to it, on an 8-bit
-    grid; none where the table is on one already, of a scale for each row."""
-    from niwaki.export.lowering import Placeholder, Rows, Table, TiedHead
-
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    ours = isinstance(embedding, IntegerEmbedding)
-    if embedding.table.scale.shape[1] == 1 if ours else type(embedding) is not nn.Embedding:
-        return {}
+def tables_to_8_bits(model: Any) -> None:
+    """Put the table of the embeddings, wherever rows of it are looked up and where an output layer is tied to it, on a
+    symmetric 8-bit grid of its own, where it has not one scale per row already."""
+    embedding: Any = table_of(model)
+    if isinstance(embedding, IntegerEmbedding):
+        if embedding.table.scale.shape[1] == 1:
+            return
+        embedding.table.put_dense(model, "")
+        embedding = table_of(model)
+    name = next(iter(users(model, embedding.weight)))
     codes, scale = to_codes(embedding.weight.detach().float(), 8)
-    table = Table("embeddings", codes.to(torch.int8), scale)
-    held: dict[str, Any] = {"embeddings": Rows(table, embedding.factor if ours else None)}
-    if output is not None and output.weight is embedding.weight:
-        held["head"] = TiedHead(table, output.bias)
-        replace_everywhere(model, output, Placeholder("head", held["head"]))
-    replace_everywhere(model, embedding, Placeholder("embeddings", held["embeddings"]))
-    return held
+    UseIntegerTables(tables=[name], bits=8, group=None).apply(model)
+    integers: Any = model.get_submodule(name)
+    integers.table.store(codes.to(torch.int8), scale)

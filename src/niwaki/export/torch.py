@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
+from niwaki.compression.quantize.kernels import PRODUCTS, is_exact
 from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, OfTable
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
 from niwaki.export.graphs import whole
 from niwaki.export.onnx import cause, plain_attention, quiet_exporter
 from niwaki.export.runner import Runner, TorchRunner
-from niwaki.weights import replace_everywhere, to_dense
+from niwaki.weights import packed, replace_everywhere
 
 if TYPE_CHECKING:
     from niwaki.artifact import Artifact
@@ -34,7 +35,11 @@ COMPILERS = ("g++", "clang++", "c++")
 
 @dataclass(frozen=True, kw_only=True)
 class TorchExport(Export):
-    """An ExportedProgram for any number of rows and tokens; `compile` adds a shared library of it by AOTInductor."""
+    """An ExportedProgram for any number of rows and tokens; `compile` adds a shared library of it by AOTInductor.
+
+    Where linears run on integers here (`integer_products` in `export.json`), so do those of the file, which needs a CPU
+    whose sums of `torch._int_mm` are exact.
+    """
 
     paper: ClassVar[str] = "Ansel et al. 2024, doi:10.1145/3620665.3640366"
 
@@ -53,16 +58,24 @@ class TorchExport(Export):
             if isinstance(module, IntegerLinear):
                 replace_everywhere(model, module, TracedIntegers(module))
         trace_tables(model)
-        to_dense(model)
+        for name, module in list(packed(model)):
+            if not module.rounds_inputs:  # those of 8-bit floats that do are of operators of torch alone
+                module.put_dense(model, name)
         program = exported(model, example)
         torch.export.save(program, folder / FILE)
         if self.compile:
             with quiet_exporter():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(folder / LIBRARY))
-        return {"inputs": list(example), "torch": torch.__version__}
+        integers = any(isinstance(module, TracedIntegers) and module.integers for module in model.modules())
+        return {"inputs": list(example), "torch": torch.__version__, "integer_products": integers}
 
     def runner(self, folder: Path) -> Runner:
         card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        if card["integer_products"] and not is_exact(PRODUCTS["cpu"]):
+            raise ExportError(
+                "its products are those of integers by torch._int_mm, whose sums are not exact on this CPU; needs one "
+                "with VNNI, or a file that was exported here"
+            )
         if self.compile:
             compiled = torch._inductor.aoti_load_package(str(folder / LIBRARY))
             return TorchRunner(compiled, card["inputs"], f"AOTInductor {torch.__version__}", by_name=False)

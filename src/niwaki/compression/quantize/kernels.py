@@ -71,14 +71,20 @@ PRODUCTS = {
 }
 
 
+def sums_are_integers(layout: Layout, activation_bits: int | None, inputs: int) -> bool:
+    """Whether the product of codes of this layout is a sum of integers that 32 bits hold, whatever multiplies them:
+    activations are rounded, scales do not change along the inputs, and there is no zero."""
+    if not activation_bits or layout.group or not layout.symmetric:
+        return False
+    return inputs * layout.highest * (2 ** (activation_bits - 1) - 1) <= LARGEST_SUM
+
+
 def integer_product(
     device: torch.device, layout: Layout, activation_bits: int | None, inputs: int
 ) -> IntegerProduct | None:
-    """The kernel for codes of this layout; None where the weight has to be dequantized: activations are not rounded,
-    scales change along the inputs, there is a zero, or no kernel of the device gives exact sums."""
-    if not activation_bits or layout.group or not layout.symmetric:
-        return None
-    if inputs * layout.highest * (2 ** (activation_bits - 1) - 1) > LARGEST_SUM:
+    """The kernel for codes of this layout; None where the weight has to be dequantized: their product is no sum of
+    integers, or no kernel of the device gives exact ones."""
+    if not sums_are_integers(layout, activation_bits, inputs):
         return None
     product = PRODUCTS.get(device.type)
     return product if product and is_exact(product) else None
