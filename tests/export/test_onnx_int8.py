@@ -27,7 +27,11 @@ from niwaki.compression.share.codebook import CodebookSharing  # noqa: E402
 from niwaki.errors import ConfigError  # noqa: E402
 from niwaki.export.onnx import FILE  # noqa: E402
 from niwaki.export.onnx_int8 import OnnxInt8  # noqa: E402
+from niwaki.model.anatomy import Anatomy  # noqa: E402
 from niwaki.model.embeddings import table_of  # noqa: E402
+from niwaki.tuning.adapter import Houlsby  # noqa: E402
+from niwaki.tuning.lora import LoRA  # noqa: E402
+from niwaki.tuning.qlora import QLoRA  # noqa: E402
 from niwaki.weights import packed  # noqa: E402
 
 
@@ -174,6 +178,20 @@ def test_a_table_is_8_bits_whoever_reads_it(
     ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
     off = float((ours - theirs)[batch["attention_mask"].bool() if task == "masked_lm" else ...].abs().max())
     assert 0 < off < 0.1 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("tuning", [LoRA(rank=4, merge=False), QLoRA(rank=4, block=16), Houlsby(merge=False)])
+def test_adapters_beside_the_base(setting: Callable[..., Any], tmp_path: Path, tuning: Any) -> None:
+    one = setting()
+    kept = saved(one, tmp_path / "model", tuning=tuning)
+    batch = one.task.inputs(one.batch())
+    (tmp_path / "int8").mkdir()
+    OnnxInt8().write(artifact.load(kept.folder), batch, tmp_path / "int8")
+    merged = artifact.load_merged(kept.folder).model
+    nodes = onnx.load(tmp_path / "int8" / FILE).graph.node
+    assert sum(node.op_type == "MatMulInteger" for node in nodes) == len(Anatomy.of(merged).linears())
+    ours, theirs = kept.model(**batch).logits.detach(), OnnxInt8().runner(tmp_path / "int8")(**batch).logits
+    assert 0 < float((ours - theirs).abs().max()) < 0.1 * float(ours.abs().max())
 
 
 def test_onnx_runtime_makes_one_kernel_of_them(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from niwaki.compression.quantize.kernels import PRODUCTS, is_exact
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.export.export import ExportError
-from niwaki.export.torch import COMPILERS, FILE, TorchExport, TracedIntegers
+from niwaki.export.torch import COMPILERS, FILE, LIBRARY, TorchExport, TracedIntegers
 from niwaki.model.anatomy import Anatomy
 
 
@@ -127,3 +127,4 @@ def test_compiled_it_says_the_same(setting: Callable[..., Any], tmp_path: Path) 
     ours = kept.model(**batch).logits.detach()
     torch.testing.assert_close(runner(**batch).logits.detach(), ours, rtol=0, atol=1e-3)
     assert runner.runtime == f"AOTInductor {torch.__version__}"
+    assert {path.name for path in (tmp_path / "torch").iterdir()} == {LIBRARY, "export.json"}

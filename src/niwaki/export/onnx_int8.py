@@ -22,6 +22,7 @@ from niwaki.export.onnx import FILE, OPSETS, described, keep_norms_apart, plain_
 from niwaki.export.runner import OnnxRunner, Runner
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.embeddings import table_of
+from niwaki.tuning.beside import UseAdapter
 from niwaki.weights import Packed, packed, replace_everywhere
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class OnnxInt8(Export):
 
     Linears with one scale per channel, and tables with one per row, keep our codes and scales. All others of the blocks
     (dense, in groups, of floats, of shared values) and the table of the embeddings are put on a symmetric 8-bit grid, a
-    scale per channel or row; so is an output layer that is tied to it.
+    scale per channel or row; so is an output layer that is tied to it. An adapter beside its base is merged first.
     Inputs are rounded otherwise than in the artifact, and all rows of a batch share a scale, so the bound is on the
     scores: `tolerance`, what share of the artifact's test metric may be lost.
     """
@@ -50,8 +51,11 @@ class OnnxInt8(Export):
             raise ConfigError(f"export.onnx_int8.tolerance={self.tolerance}: needs a number of at least 0")
 
     def write(self, saved: Artifact, example: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        from niwaki import artifact
         from niwaki.export import lowering
 
+        if any(isinstance(edit, UseAdapter) for edit in saved.edits):
+            artifact.merge(saved)
         model = plain_attention(saved.model)
         to_8_bits(model)
         tables_to_8_bits(model)

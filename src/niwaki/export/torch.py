@@ -35,7 +35,7 @@ COMPILERS = ("g++", "clang++", "c++")
 
 @dataclass(frozen=True, kw_only=True)
 class TorchExport(Export):
-    """An ExportedProgram for any number of rows and tokens; `compile` adds a shared library of it by AOTInductor.
+    """An ExportedProgram for any number of rows and tokens, or with `compile` a shared library of it by AOTInductor.
 
     Where linears run on integers here (`integer_products` in `export.json`), so do those of the file, which needs a CPU
     whose sums of `torch._int_mm` are exact.
@@ -62,10 +62,11 @@ class TorchExport(Export):
             if not module.rounds_inputs:  # those of 8-bit floats that do are of operators of torch alone
                 module.put_dense(model, name)
         program = exported(model, example)
-        torch.export.save(program, folder / FILE)
         if self.compile:
             with quiet_exporter():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(folder / LIBRARY))
+        else:
+            torch.export.save(program, folder / FILE)
         integers = any(isinstance(module, TracedIntegers) and module.integers for module in model.modules())
         return {"inputs": list(example), "torch": torch.__version__, "integer_products": integers}
 
