@@ -28,7 +28,7 @@ class HuggingFace(Export):
     """Zeros as zeros, integers as the weights that they stand for, adapters merged; no input is rounded any more.
 
     `weights`: dense; torchao keeps the codes and scales of integers, in memory too, and needs torchao to be read.
-    `tolerance`: the share of the test metric that may be lost where the artifact rounds inputs; else logits are so.
+    `tolerance`: the share of the test metric that may be lost where the artifact rounds inputs; else logits decide.
     """
 
     paper: ClassVar[str] = "Wolf et al. 2020, arXiv:1910.03771"

@@ -41,8 +41,10 @@ class Sample:
         if held <= size:
             return self.values
         source = torch.Generator().manual_seed(self.count)
-        few = held > MANY * size
-        drawn = torch.randint(held, (size,), generator=source) if few else torch.randperm(held, generator=source)[:size]
+        if held > MANY * size:
+            drawn = torch.randint(held, (size,), generator=source)
+        else:
+            drawn = torch.randperm(held, generator=source)[:size]
         return self.values[drawn.to(self.values.device)]
 
 
