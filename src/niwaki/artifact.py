@@ -108,7 +108,7 @@ def load(folder: str | Path, *, base_alone: bool = False) -> Artifact:
     card = read_card(folder)
     task = task_of(card)
     edits = tuple(from_json(record) for record in card["edits"])
-    model = rebuild(card["base_config"], edits, task, folder)
+    model = rebuild(card["base_config"], edits, task, folder, card["labels"])
     fill(model, storage.read(weights_of(folder)), folder)
     for edit in () if base_alone else edits:
         edit.complete(model, folder)
@@ -156,7 +156,7 @@ def weights_of(folder: Path) -> Path:
     return folder / (COMPACT if (folder / COMPACT).is_file() else WEIGHTS)
 
 
-def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, folder: Path) -> Any:
+def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, folder: Path, labels: Sequence[str]) -> Any:
     """The structure of the model: its first config, then the edits in their order. Its weights are random."""
     from transformers import AutoConfig
 
@@ -166,6 +166,7 @@ def rebuild(base_config: dict[str, Any], edits: Sequence[Edit], task: Task, fold
         settings = dict(base_config)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         model = auto_class(task, config).from_config(config, dtype=torch.float32)
+        task.attach(model, labels)
         for edit in edits:
             edit.apply(model)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -285,7 +286,8 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     from niwaki.model.load import auto_class, with_labels
 
     saved = load_merged(place)
-    fresh = auto_class(task, config).from_config(with_labels(config, labels), dtype=torch.float32)
+    fresh = auto_class(task, config).from_config(with_labels(config, task.outputs(labels)), dtype=torch.float32)
+    task.attach(fresh, labels)
     adapt(fresh)
     for edit in saved.edits:
         if edit.carried:

@@ -24,7 +24,7 @@ KINDS = [
     (family, task.name)
     for family in FAMILIES
     for task in (Classification(), NER(), CausalLM())
-    if has_head(task, type(Tiny(name=family).config()))
+    if has_head(task, Tiny(name=family).config())
 ]
 
 ALONE = [("bart", "causal_lm"), ("t5", "ner")]  # have one of the two stacks

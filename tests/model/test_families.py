@@ -32,7 +32,7 @@ HEADS = [
     (family, name)
     for family in FAMILIES
     for name, task in TASKS.items()
-    if has_head(task, type(Tiny(name=family).config())) and (family, name) != ("bart", "masked_lm")
+    if has_head(task, Tiny(name=family).config()) and (family, name) != ("bart", "masked_lm")
 ]
 ENCODERS = {"bert", "roberta", "electra"}  # that transformers would run as decoders, were they trained for it
 KINDS = [(family, task) for family, task in HEADS if task != "causal_lm" or family not in ENCODERS]

@@ -18,7 +18,7 @@ from niwaki.data.encode import content_hash, encode, source_of
 from niwaki.data.source import Source
 from niwaki.data.tokens import cut
 from niwaki.data.unlabelled import with_unlabelled
-from niwaki.task.task import Task
+from niwaki.task.task import STARTS, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -149,7 +149,7 @@ def chunks(rows: list[Any], size: int) -> list[list[Any]]:
 
 def encoding_hash(task: Task) -> str:
     """Identity of what a task does to rows: the source text of its classes' modules, and the settings that count."""
-    settings = {name: value for name, value in asdict(task).items() if name not in task.unread}
+    settings = {name: value for name, value in asdict(task).items() if name not in (*task.unread, *STARTS)}
     return hashlib.sha256(repr((type(task).__qualname__, task_source(task), settings)).encode()).hexdigest()
 
 

@@ -104,9 +104,10 @@ class Pretrained:
 
     def empty(self, task: Task, labels: Sequence[str]) -> Any:
         """The model with its head on the meta device: shapes without weights."""
-        config = with_labels(self.config(), labels)
+        config = with_labels(self.config(), task.outputs(labels))
         with torch.device("meta"):
             model = auto_class(task, config).from_config(config)
+            task.attach(model, labels)
         adapt(model)
         for edit in self.carried():
             edit.apply(model)
@@ -131,7 +132,7 @@ class Pretrained:
         if artifact.is_artifact(self.place):
             model, gaps = artifact.load_dense(self.place, task, labels, self.config())
         else:
-            config = with_labels(self.config(), labels)
+            config = with_labels(self.config(), task.outputs(labels))
             kind = auto_class(task, config)
             model, report = self._try(
                 lambda: kind.from_pretrained(
@@ -145,6 +146,7 @@ class Pretrained:
                 )
             )
             gaps = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+            gaps |= attached(task, model, labels)
             adapt(model)
         model.head_is_new = self.refuse_gaps(model, gaps, task)
         return self.padded(model).eval()
@@ -230,19 +232,26 @@ def auto_class(task: Task, config: Any) -> Any:
     import transformers
 
     task.check_config(config)
-    if not has_head(task, type(config)):
+    if not has_head(task, config):
         raise ConfigError(
             f"task={task.name}: transformers has no {config.model_type} model for this task; choose a model of another "
             "family, or another task"
         )
-    return getattr(transformers, task.auto_class)
+    return getattr(transformers, task.auto_class_of(config))
 
 
-def has_head(task: Task, config_class: type) -> bool:
+def has_head(task: Task, config: Any) -> bool:
     """Whether transformers has a model with this task's head for the family of this config."""
     import transformers
 
-    return config_class in getattr(transformers, task.auto_class)._model_mapping
+    return type(config) in getattr(transformers, task.auto_class_of(config))._model_mapping
+
+
+def attached(task: Task, model: Any, labels: Sequence[str]) -> set[str]:
+    """Put the task's own head on a model that was just loaded; the names of the parameters that came with it."""
+    stored = set(dict(model.named_parameters()))
+    task.attach(model, labels)
+    return set(dict(model.named_parameters())) - stored
 
 
 def renamed(auto: Any, config: Any) -> dict[str, str] | None:

@@ -22,7 +22,7 @@ from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy, adapt, family_of
 from niwaki.model.capture import Flow, Recorder, Seen, outline, recorder_of
 from niwaki.model.embeddings import KeepTokens
-from niwaki.model.load import Pretrained, auto_class, has_segments, located
+from niwaki.model.load import Pretrained, attached, auto_class, has_segments, located
 
 if TYPE_CHECKING:
     from niwaki.task.task import Task
@@ -281,7 +281,7 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
             raise ConfigError(
                 f"{field}={place!r}: is a {config.architectures[0]}; the task {task.name} needs a {needed}"
             )
-        refuse_other_labels(place, [config.id2label[i] for i in sorted(config.id2label)], labels, field)
+        refuse_other_labels(place, [config.id2label[i] for i in sorted(config.id2label)], task.outputs(labels), field)
     words: dict[str, int] = spec.tokenizer().get_vocab()
     return words
 
@@ -354,8 +354,9 @@ def outline_of_teacher(place: str, task: Task, labels: Sequence[str]) -> Seen:
     card = artifact.parse_card(Path(place))
     with torch.device("meta"):
         model = artifact.rebuild(
-            card["base_config"], [from_json(record) for record in card["edits"]], artifact.task_of(card), Path(place)
-        )
+            card["base_config"], [from_json(record) for record in card["edits"]], artifact.task_of(card), Path(place),
+            card["labels"],
+        )  # fmt: skip
     return outline(Anatomy.of(model))
 
 
@@ -386,8 +387,8 @@ def loaded(place: str, task: Task, field: str) -> Any:
             spec.place, dtype=torch.float32, output_loading_info=True
         )
     )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])[0]
+    if lacking := {*attached(task, teacher, list(spec.config().id2label.values())), *report["missing_keys"]}:
+        missing = sorted(lacking)[0]
         raise ConfigError(f"{field}={place!r}: has no trained head for the task {task.name} ({missing} is missing)")
     adapt(teacher)
     return spec.padded(teacher)

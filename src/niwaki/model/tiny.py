@@ -97,8 +97,9 @@ class Tiny(Pretrained):
 
     def load(self, task: Any, labels: Sequence[str], seed: int) -> Any:
         torch.manual_seed(seed)
-        config = with_labels(self.config(), labels)
+        config = with_labels(self.config(), task.outputs(labels))
         model = auto_class(task, config).from_config(config, dtype=torch.float32)
+        task.attach(model, labels)
         adapt(model)
         return self.padded(model).eval()
 

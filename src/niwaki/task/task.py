@@ -21,6 +21,7 @@ from niwaki.naming import option_name
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
 
+STARTS = ("epochs", "lr", "batch_size")  # settings of a task that others take up
 IGNORED = -100  # the label of a position that does not count
 UNKNOWN = -1  # of one that counts, in a row without an answer: a teacher says what it is
 Batch = Mapping[str, Tensor]
@@ -72,11 +73,15 @@ class Task(abc.ABC):
     causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)  # the features that hold tokens
-    unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read
+    unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read, beside STARTS
     paper: ClassVar[str] = ""
 
     max_length: int = 128
     label_smoothing: float = 0.0
+    # What a practitioner starts from; the options of trainer, optimizer and data take it where they are told nothing.
+    epochs: int = 3
+    lr: float = 5e-5
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         if self.max_length < 4:
@@ -88,6 +93,18 @@ class Task(abc.ABC):
     def name(self) -> str:
         """`classification`: the option that selects this task, which is where its file stands."""
         return option_name(self)
+
+    def auto_class_of(self, config: Any) -> str:
+        """The transformers class for a model of this Hugging Face config."""
+        return self.auto_class
+
+    def outputs(self, labels: Sequence[str]) -> Sequence[str]:
+        """The outputs of the head, by name: the labels, unless a task reads them otherwise."""
+        return labels
+
+    def attach(self, model: Any, labels: Sequence[str]) -> None:
+        """Put the task's own head on a model that was just made, where transformers has none for it."""
+        return None
 
     def check_config(self, config: Any) -> None:
         """Raise ConfigError for a Hugging Face config whose models cannot do this task."""
