@@ -94,7 +94,8 @@ class Setting:
         anatomy = Anatomy.of(self.model)
         return Context(
             anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0,
-            head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
+            head_learns=self.task.head_learns, predictions=self.task.predictions, owners=self.task.owners,
+            load_teacher=load_teacher,
             token_ids=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             calibration=lambda count: [self.batch()], training=lambda: [self.numbered()],
             training_key=lambda: repr(self.rows), read_by=lambda _: lambda numbers: self.batch(),

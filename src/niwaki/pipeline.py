@@ -196,6 +196,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         seed=recipe.seed,
         head_learns=recipe.task.head_learns or getattr(model, "head_is_new", False),
         predictions=recipe.task.predictions,
+        owners=recipe.task.owners,
         load_teacher=Teachers(recipe.stages, recipe.task, corpus.labels, vocabulary, uncut(corpus)),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
         calibration=corpus.calibration,

@@ -6,6 +6,7 @@ import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -163,6 +164,12 @@ class Task(abc.ABC):
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """Logits (positions, classes) of the positions that count."""
         return self.counted(outputs, batch)[0]
+
+    def owners(self, outputs: Any, batch: Batch) -> Tensor:
+        """For each position of `predictions` the row of the batch that it is of; only the outputs' shape counts."""
+        shape = outputs.logits.shape
+        rows = torch.arange(shape[0], device=outputs.logits.device).view(-1, *[1] * (len(shape) - 1))
+        return self.predictions(SimpleNamespace(logits=rows.expand(*shape[:-1], 1)), batch)[:, 0]
 
     @property
     def writing(self) -> dict[str, Any]:
