@@ -36,6 +36,7 @@ class CausalLM(Task):
     head_learns: ClassVar[bool] = False
     causal: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    unit: ClassVar[str] = "blocks"
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "max_new_tokens")
     paper: ClassVar[str] = "Radford et al. 2019"
 

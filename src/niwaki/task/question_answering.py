@@ -37,6 +37,7 @@ class QuestionAnswering(Task):
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
     whole: ClassVar[bool] = True
+    unit: ClassVar[str] = "windows"
     unread: ClassVar[tuple[str, ...]] = (
         "label_smoothing", "max_answer_length", "null_threshold", "best", "language",
     )  # fmt: skip

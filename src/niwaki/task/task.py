@@ -73,6 +73,7 @@ class Task(abc.ABC):
     head_may_be_new: ClassVar[bool] = False  # where a source has none; it is tied to the embeddings, which are not new
     causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
+    unit: ClassVar[str] = "rows"  # what a split is counted in, once it is encoded
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)  # the features that hold tokens
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read, beside STARTS
     paper: ClassVar[str] = ""
