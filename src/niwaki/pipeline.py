@@ -113,6 +113,7 @@ def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:
 
 def read(recipe: Recipe) -> Corpus:
     """The data, in the tokens that the shaped model will read."""
+    recipe.model.learn(recipe.data, recipe.task.needs, recipe.seed)
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
     for stage in recipe.stages:
         if isinstance(stage, Trims):
