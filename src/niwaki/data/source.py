@@ -18,7 +18,7 @@ from niwaki.data.columns import (
     check_text,
     values_of,
 )
-from niwaki.data.sampling import carve, choose_limit, choose_shots
+from niwaki.data.sampling import carve, choose_limit, choose_shots, has_classes
 from niwaki.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -199,8 +199,9 @@ class Source(abc.ABC):
     def splits(self, needs: Needs, seed: int) -> "dict[str, Dataset]":
         """Exactly train, validation and test, with the task's columns only, every row checked.
 
-        Splits that the source lacks are carved from train with the seed, so that rows of equal text share a
-        split; running text is cut in order instead. Raises DataError or ConfigError, in one line.
+        Splits that the source lacks are carved from train with the seed, so that rows of equal text (one context,
+        one conversation) share a split; running text is cut in order instead. Raises DataError or ConfigError, in one
+        line.
         """
         self._check_mapping(needs)
         found = self.read(needs)
@@ -286,9 +287,9 @@ class Source(abc.ABC):
 
     def _sampled(self, split: str, rows: "Dataset", seed: int) -> "Dataset":
         if split == "train" and self.shots is not None:
-            if "label" not in rows.column_names:
+            if "label" not in rows.column_names or not has_classes(rows, "label"):
                 raise ConfigError(
-                    f"data.shots={self.shots}: needs a label column; this task reads "
+                    f"data.shots={self.shots}: needs a label column with classes; this task reads "
                     f"{', '.join(rows.column_names)}; use data.limit"
                 )
             return rows.select(choose_shots(rows["label"][:], self.shots, seed))
