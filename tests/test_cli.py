@@ -285,9 +285,10 @@ def test_predict_takes_rows_by_their_columns(niwaki, refused, run):
     assert refused("predict", run, text, '{"texts": "a"}') == """argument 2: has no 'text'; give {"text": "..."}"""
 
 
-def test_predict_takes_pairs_and_says_what_is_missing(niwaki, refused, tmp_path):
+def test_predict_takes_pairs_and_says_what_is_missing(niwaki, refused, tmp_path, capsys):
     rows = [{**row, "text_pair": "no" if row["label"] == "fish" else "yes"} for row in ROWS]
     pairs = train(tmp_path, rows)
+    capsys.readouterr()
     file = write(tmp_path / "pairs.jsonl", rows[:3])
     by_file = lines(niwaki("predict", pairs, "--file", file)[1])
     assert by_file == lines(niwaki("predict", pairs, *map(json.dumps, rows[:3]))[1])
