@@ -96,7 +96,7 @@ def filled(template: str, values: Sequence[Any]) -> str | None:
     texts = iter(
         "\n".join(map(str, one)) if isinstance(one, list) else "" if one is None else str(one) for one in values
     )
-    return FIELD.sub(lambda _: next(texts), template)
+    return FIELD.sub(lambda _: next(texts), template).strip()
 
 
 def position(value: Any, among: Any) -> int | None:
