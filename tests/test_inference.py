@@ -157,6 +157,19 @@ def test_several_labels_of_a_row_are_checked(tmp_path):
         inference.check_labels(rows, ("awe", "joy"), "f")
 
 
+def test_what_a_row_is_called_is_no_part_of_what_was_trained_on():
+    saved = Saved()
+    saved.task.needs = Needs(required=("context", "question", "answers"), optional=("id", "title"))
+    row = {"context": "c", "question": "q"}
+    for columns in (("context", "question", "answers", "id"), ("context", "question", "answers")):
+        saved.columns = columns
+        assert inference.like_trained(row, saved) == row
+        assert inference.like_trained({**row, "id": "7", "title": "t"}, saved) == {**row, "id": "7"}
+    saved.columns = ("context", "question", "answers", "title")
+    with pytest.raises(DataError, match=r"^context 'c': has no title, .*a file with a column title, or name it with"):
+        inference.like_trained(row, saved)
+
+
 @pytest.fixture
 def trained_on(tmp_path, setting):
     """`trained_on(*columns)`: an artifact of a classification on rows with these columns."""

@@ -71,6 +71,7 @@ def test_the_function_that_tests_call() -> None:
     )
     assert names.called(code, ["assert total([1, 2]) == 3", "assert math.isclose(total([1, 1]), 2)"]) == "total"
     assert names.called(code, "assert add(1, 2) == 3") == "add"
+    assert names.called(code, ["assert total([add(1, 2)]) == 3"]) == "total"
     assert names.called(code, ["assert subtotal(1)"]) is None
     with pytest.raises(ValueError, match="the code is no Python: "):
         names.called("def add(", ["add(1)"])

@@ -296,7 +296,7 @@ def test_what_a_model_was_trained_on_is_required_where_it_reads_it() -> None:
     assert CLASSIFY.trained_on(("text", "label", "text_pair")).required == ("text", "label", "text_pair")
     assert ANSWER.trained_on(("context", "question", "answers", "id")).optional == ("id",)
     write = Needs(required=("source", "target"), optional=("references",))
-    assert write.trained_on(("source", "target", "references")).optional == ("references",)
+    assert write.trained_on(("source", "target", "references")) == write
     assert CHOOSE.trained_on(CHOOSE.required).checks == CHOOSE.checks
 
 
