@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -50,7 +50,7 @@ class Draws:
     def shuffled(self, items: Sequence[T]) -> list[T]:
         return self.some(items, len(items))
 
-    def fill(self, pattern: str, slots: dict[str, Sequence[str]]) -> str:
+    def fill(self, pattern: str, slots: Mapping[str, Sequence[str]]) -> str:
         """The pattern with one of `slots[name]` in place of each {name}, and a capital to begin with."""
         text = re.sub(r"\{(\w+)\}", lambda found: self.pick(slots[found[1]]), pattern)
         return text[:1].upper() + text[1:]
@@ -109,7 +109,10 @@ class Generated(Source):
 
     def _dealt(self, groups: list[tuple[str, list[Row]]]) -> dict[str, list[Row]]:
         """Test and validation take the groups of the lowest hashes, each until it has its share."""
-        room = {"test": round(self.test_fraction * self.rows), "validation": round(self.validation_fraction * self.rows)}
+        room = {
+            "test": round(self.test_fraction * self.rows),
+            "validation": round(self.validation_fraction * self.rows),
+        }
         split_of: dict[str, str] = {}
         for identity, rows in sorted(groups, key=lambda group: _hash(group[0])):
             split = next((split for split, free in room.items() if free > 0), "train")
