@@ -84,3 +84,13 @@ def test_a_reader_answers_all_and_guesses_do_not() -> None:
     assert answers.most_common(1)[0][1] / len(rows) < 0.1
     names = [re.search(r"[A-Z]\w+ [A-Z]\w+", row["context"]) for row in rows]
     assert sum([found and found[0]] == row["answers"]["text"] for found, row in zip(names, rows, strict=True)) < 200
+
+
+def test_people_are_she_or_he_and_everything_else_is_it() -> None:
+    contexts = {row["context"] for row in rows_of(InventedFacts())}
+    text = " ".join(contexts)
+    assert len(re.findall(r"\b(She|He) (plays|works|now lives)", text)) > 100
+    assert not re.findall(r"\bIt (plays|works|now lives|earns|comes)", text)
+    assert not re.findall(r"\b(She|He) (lies|dates|sails|carries|measures|is registered|was launched)", text)
+    assert "Laura Valender was born on 1 July. She is a close friend" in text
+    assert "Adam Lunelin plays the flute. He was born" in text
