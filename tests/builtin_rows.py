@@ -27,7 +27,7 @@ def digest(splits: dict[str, Rows]) -> str:
 def check_generated(
     source: Generated, columns: set[str], expected: str, given: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """Columns, sizes, the pinned digest, the same rows again, no text in two splits, more rows with the same first ones.
+    """Columns, sizes, the pinned digest, the same rows again, no text in two splits, of more rows the same first ones.
 
     `given`: what must not be in two splits.
     """

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from niwaki.data.builtin.english import word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 
@@ -96,8 +97,8 @@ WORDS = Kind(
         ("str", Step("first_of", "the first in the alphabet ('' if there is none) of", 'min(({each}), default="")',
                      lambda found: min(found) if found else "")),
     ),
-    sizes=(3, 6),
-    elements="level apples tree banana kayak sea houses noon book eye pens stars radar map lemon ideas bees civic".split(),
+    sizes=(4, 5),
+    elements=word_list("level apples tree banana kayak sea houses noon book eye pens stars radar map lemon ideas bees"),
 )  # fmt: skip
 
 
@@ -118,14 +119,17 @@ class ListProblems(Generated):
         name = f"{gathered.name}_{changed.name}{kept.name}".format(size=size)
         each = f"{changed.code} for x in {kind.argument} if {kept.code.format(size=size)}"
 
-        cases = [[], *([draws.pick(kind.elements) for _ in range(draws.between(6, 9))] for _ in range(6))]
-        answers = [gathered.does([changed.does(x) for x in case if kept.does(x, size)]) for case in cases]
-        examples = [
-            f"    >>> {name}({case})\n    {found!r}\n" for case, found in zip(cases[5:], answers[5:], strict=True)
-        ]
-        asserts = [
-            f"    assert candidate({case}) == {found!r}\n" for case, found in zip(cases[:5], answers, strict=False)
-        ]
+        # One list is empty, in one nothing fits (nor is it 0, the answer to none), in the others some does and some
+        # does not: no step can be left out unseen.
+        fit = [x for x in kind.elements if kept.does(x, size)]
+        unfit = [x for x in kind.elements if not kept.does(x, size)]
+        cases: list[list[Any]] = [[], draws.some([x for x in unfit if x], 4)]
+        for _ in range(5):
+            cases.append(draws.shuffled(draws.some(fit, draws.between(2, 3)) + draws.some(unfit, draws.between(2, 4))))
+        found = [gathered.does([changed.does(x) for x in case if kept.does(x, size)]) for case in cases]
+        pairs = list(zip(cases, found, strict=True))
+        asserts = [f"    assert candidate({case}) == {right!r}\n" for case, right in pairs[:5]]
+        examples = [f"    >>> {name}({case})\n    {right!r}\n" for case, right in pairs[5:]]
         asked = f"Return {gathered.words} {kept.words}{changed.words}.".format(size=size)
         return [
             {

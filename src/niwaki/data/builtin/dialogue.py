@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from niwaki.data.builtin.english import DAYS, PEOPLE, in_words, listed
+from niwaki.data.builtin.english import DAYS, PEOPLE, in_words, listed, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 Talk = list[str]  # by turns, a guest first; the other side says the last word
@@ -14,13 +14,21 @@ BOOKING = {  # what must be known: how it is asked for, how it is given
     "hour": ("At what time?", ("At {}.", "Around {}.", "We would like to come at {}.")),
     "name": ("Under which name?", ("{}.", "My name is {}.", "{}, please.")),
 }
+VALUES = {
+    "people": [in_words(count) for count in range(2, 10)],
+    "day": DAYS,
+    "hour": [in_words(hour) for hour in range(5, 11)],
+    "name": PEOPLE,
+}
 OPENINGS = (
     "Hello, I would like to book a table{}.",
     "Good evening, do you have a table{}?",
     "Hi, can I reserve a table{}?",
 )
 PRICES = {"coffee": 3, "tea": 2, "lemonade": 4, "sandwich": 6, "pancake": 5, "muffin": 3}  # euros
-STREET = "bank bakery church cinema library museum pharmacy school station theatre".split()  # from the west to the east
+STREET = word_list(
+    "bank bakery church cinema library museum pharmacy school station theatre"
+)  # from the west to the east
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +46,11 @@ class ErrandTalks(Generated):
 
 
 def _book(draws: Draws) -> Talk:
-    known: dict[str, str] = {}
-    values = {
-        "people": in_words(draws.between(2, 9)),
-        "day": draws.pick(DAYS),
-        "hour": in_words(draws.between(5, 10)),
-        "name": draws.pick(PEOPLE),
-    }
-    given = ""
+    values = {fact: draws.pick(choices) for fact, choices in VALUES.items()}
+    given, known = "", set()
     for fact, pattern in (("people", " for {}"), ("day", " on {}"), ("hour", " at {}")):
         if draws.chance(0.4):
-            known[fact] = values[fact]
+            known.add(fact)
             given += pattern.format(values[fact])
     talk = [draws.pick(OPENINGS).format(given)]
     for fact, (question, answers) in BOOKING.items():
@@ -57,17 +59,9 @@ def _book(draws: Draws) -> Talk:
             talk[-1] = talk[-1][0].upper() + talk[-1][1:]
     talk.append(_repeat(values))
     if draws.chance(0.5):
-        fact, changed = draws.pick(
-            (
-                ("people", in_words(draws.between(2, 9))),
-                ("day", draws.pick(DAYS)),
-                ("hour", in_words(draws.between(5, 10))),
-            )
-        )
-        if changed != values[fact]:
-            values[fact] = changed
-            wording = {"people": "make it a table for {}", "day": "make it {}", "hour": "make it {} o'clock"}[fact]
-            talk += [f"Sorry, could you {wording.format(changed)}?", _repeat(values)]
+        fact, wording = draws.pick((("people", "a table for {}"), ("day", "{}"), ("hour", "{} o'clock")))
+        values[fact] = draws.pick([value for value in VALUES[fact] if value != values[fact]])
+        talk += [f"Sorry, could you make it {wording.format(values[fact])}?", _repeat(values)]
     return [*talk, "Yes, that is right.", f"Thank you, {values['name']}. We will see you on {values['day']}."]
 
 

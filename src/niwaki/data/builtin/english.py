@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 
-WOMEN = "Anna Clara Emma Grace Ines Julia Laura Maria Nora Olivia Rosa Sophie Tess Vera".split()
-MEN = "Adam Ben Carl David Erik Felix Hugo Ivan Jonas Leo Martin Oscar Paul Simon".split()
-PEOPLE = WOMEN + MEN
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
 
-SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen""".split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+def word_list(text: str) -> list[str]:
+    """The words of a text, in short for a list of them."""
+    return text.split()
+
+
+WOMEN = word_list("Anna Clara Emma Grace Ines Julia Laura Maria Nora Olivia Rosa Sophie Tess Vera")
+MEN = word_list("Adam Ben Carl David Erik Felix Hugo Ivan Jonas Leo Martin Oscar Paul Simon")
+PEOPLE = WOMEN + MEN
+DAYS = word_list("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = word_list("January February March April May June July August September October November December")
+
+SMALL = word_list("""zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen""")
+TENS = word_list("- - twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def with_article(noun: str) -> str:

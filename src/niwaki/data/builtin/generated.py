@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -50,7 +50,7 @@ class Draws:
     def shuffled(self, items: Sequence[T]) -> list[T]:
         return self.some(items, len(items))
 
-    def fill(self, pattern: str, slots: dict[str, Sequence[str]]) -> str:
+    def fill(self, pattern: str, slots: Mapping[str, Sequence[str]]) -> str:
         """The pattern with one of `slots[name]` in place of each {name}, and a capital to begin with."""
         text = re.sub(r"\{(\w+)\}", lambda found: self.pick(slots[found[1]]), pattern)
         return text[:1].upper() + text[1:]

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from niwaki.data.builtin.english import in_words
+from niwaki.data.builtin.english import in_words, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
-WORDS = """apple river stone garden lamp bird winter music bridge cloud paper silver mountain bread window horse letter
-    island pepper rabbit candle forest button engine""".split()
+WORDS = word_list("""apple river stone garden lamp bird winter music bridge cloud paper silver mountain bread
+    window horse letter island pepper rabbit candle forest button engine""")
 Answer = Callable[[list[str]], str]
 # What may be asked of a list of words, in two ways; {words} are the words. First those that answer with words.
 CHANGES: tuple[tuple[tuple[str, str], Answer], ...] = (
@@ -26,7 +26,7 @@ CHANGES: tuple[tuple[tuple[str, str], Answer], ...] = (
 QUESTIONS: tuple[tuple[tuple[str, str], Answer], ...] = (
     (("How many words are these: {words}?", "Count these words: {words}."), lambda words: in_words(len(words))),
     (("Which of these words is the last one: {words}?", "Name the last word of {words}."), lambda words: words[-1]),
-    (("Which of these words comes first in the alphabet: {words}?", "Pick the one that comes first in the alphabet: {words}."), min),
+    (("Which of these words comes first in the alphabet: {words}?", "Pick the first in the alphabet: {words}."), min),
     (("What are the first letters of these words: {words}?", "Give the first letter of each word: {words}."),
      lambda words: ", ".join(word[0] for word in words)),
     (("How many letters has the first of these words: {words}?", "Count the letters of the first word: {words}."),
@@ -51,8 +51,8 @@ SYSTEMS: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class WordTasks(Generated):
-    """`messages`: a user who asks for something about a few words and an assistant who is right; in some a system message
-    first, which says how to answer, and in some a second turn on the answer to the first."""
+    """`messages`: a user who asks for something about a few words and an assistant who is right; in some a system
+    message first, which says how to answer, and in some a second turn on the answer to the first."""
 
     apart: ClassVar[tuple[str, ...]] = ("messages",)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from niwaki.data.builtin.english import DAYS, PEOPLE
+from niwaki.data.builtin.english import DAYS, PEOPLE, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 TOPICS = {
@@ -79,8 +79,8 @@ WORDS = {
     "who": PEOPLE[::2],
     "other": PEOPLE[1::2],
     "day": DAYS,
-    "hour": "six seven eight nine ten eleven".split(),
-    "number": "two three four five six seven eight nine".split(),
+    "hour": word_list("six seven eight nine ten eleven"),
+    "number": word_list("two three four five six seven eight nine"),
     "dish": ["lentil soup", "fish pie", "apple cake", "curry", "vegetable stew", "pizza"],
     "taste": ["delicious", "far too salty", "a little bland", "very spicy"],
     "grocery": ["flour", "butter", "rice", "garlic"],

@@ -4,27 +4,31 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from niwaki.data.builtin.english import DAYS, MONTHS, PEOPLE, in_words, with_article
+from niwaki.data.builtin.english import DAYS, MONTHS, PEOPLE, in_words, with_article, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 KINDS = {
-    "animal": "cat horse sparrow frog whale goat".split(),
-    "fruit": "pear plum banana cherry lemon melon".split(),
-    "tool": "hammer saw screwdriver shovel axe rake".split(),
-    "musical instrument": "violin trumpet flute drum guitar organ".split(),
-    "vehicle": "bus lorry tram bicycle tractor van".split(),
-    "piece of clothing": "coat shirt skirt jumper scarf hat".split(),
-    "piece of furniture": "table wardrobe chair sofa bookcase desk".split(),
+    "animal": word_list("cat horse sparrow frog whale goat"),
+    "fruit": word_list("pear plum banana cherry lemon melon"),
+    "tool": word_list("hammer saw screwdriver shovel axe rake"),
+    "musical instrument": word_list("violin trumpet flute drum guitar organ"),
+    "vehicle": word_list("bus lorry tram bicycle tractor van"),
+    "piece of clothing": word_list("coat shirt skirt jumper scarf hat"),
+    "piece of furniture": word_list("table wardrobe chair sofa bookcase desk"),
 }
 # From the least to the most.
 ORDERS = {
-    ("lightest", "heaviest"): "ant, mouse, cat, sheep, horse, elephant, blue whale".split(", "),
-    ("shortest", "longest"): "second, minute, hour, day, week, month, year, century".split(", "),
-    ("slowest", "fastest"): "snail, person on foot, bicycle, express train, jet plane, space rocket".split(", "),
-    ("smallest", "largest"): "village, town, big city, country, continent, planet".split(", "),
-    ("coldest", "hottest"): "ice cube, glass of tap water, bath for a baby, cup of fresh coffee, candle flame".split(
-        ", "
-    ),
+    ("lightest", "heaviest"): ["ant", "mouse", "cat", "sheep", "horse", "elephant", "blue whale"],
+    ("shortest", "longest"): ["second", "minute", "hour", "day", "week", "month", "year", "century"],
+    ("slowest", "fastest"): ["snail", "person on foot", "bicycle", "express train", "jet plane", "space rocket"],
+    ("smallest", "largest"): ["village", "town", "big city", "country", "continent", "planet"],
+    ("coldest", "hottest"): [
+        "ice cube",
+        "glass of tap water",
+        "bath for a baby",
+        "cup of fresh coffee",
+        "candle flame",
+    ],
 }
 MEANS = {
     "cut a piece of paper": "pair of scissors",
@@ -56,7 +60,7 @@ OPPOSITES = {
     "hot": "cold", "early": "late", "full": "empty", "heavy": "light", "noisy": "quiet", "rich": "poor",
     "wet": "dry", "cheap": "expensive", "strong": "weak", "narrow": "wide",
 }  # fmt: skip
-COUNTED = "apples books marbles stamps biscuits pencils".split()
+COUNTED = word_list("apples books marbles stamps biscuits pencils")
 
 
 @dataclass(frozen=True, kw_only=True)

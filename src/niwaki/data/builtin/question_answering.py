@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from niwaki.data.builtin.english import MEN, MONTHS, WOMEN, with_article
+from niwaki.data.builtin.english import MEN, MONTHS, WOMEN, with_article, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 # Of each kind: what can be said of it, in two ways, and how it is asked for.
@@ -29,7 +29,8 @@ KINDS: dict[str, dict[str, tuple[str, str, str]]] = {
                  "What is {it} known for?"),
     },
     "ship": {
-        "built": ("{it} was launched in {value}.", "{it} first put to sea in {value}.", "In which year was {it} launched?"),
+        "built": ("{it} was launched in {value}.", "{it} first put to sea in {value}.",
+                  "In which year was {it} launched?"),
         "length": ("{it} is {value} long.", "{it} measures {value} from bow to stern.", "How long is {it}?"),
         "captain": ("{it} is under the command of {value}.", "{it} has {value} as its captain.", "Who commands {it}?"),
         "port": ("{it} is registered in {value}.", "{it} has its home in {value}.",
@@ -37,15 +38,15 @@ KINDS: dict[str, dict[str, tuple[str, str, str]]] = {
         "cargo": ("{it} usually carries {value}.", "{it} was built to carry {value}.", "What does {it} transport?"),
     },
 }  # fmt: skip
-WORK = "baker teacher painter gardener engineer librarian dentist astronomer tailor".split()
-INSTRUMENTS = "violin cello trumpet harp flute accordion clarinet".split()
+WORK = word_list("baker teacher painter gardener engineer librarian dentist astronomer tailor")
+INSTRUMENTS = word_list("violin cello trumpet harp flute accordion clarinet")
 FAME = ["old bridge", "glass museum", "spring market", "stone tower", "botanical garden", "cheese"]
-CARGO = "timber coffee wool salt grain marble".split()
-BEGINNINGS = "Bran Cor Del El Fen Gar Hol Ker Lun Mar Nor Os Pel Ros Sel Tor Val Wen".split()
-TOWNS = "burg ford holm mouth stead wick".split()
-SURNAMES = "adine asen elin ender ikar onna".split()
-RIVERS = "a el ena is une".split()
-SHIPS = ("Grey Silver Golden Crimson White Green".split(), "Heron Swallow Falcon Swan Petrel Gannet".split())
+CARGO = word_list("timber coffee wool salt grain marble")
+BEGINNINGS = word_list("Bran Cor Del El Fen Gar Hol Ker Lun Mar Nor Os Pel Ros Sel Tor Val Wen")
+TOWNS = word_list("burg ford holm mouth stead wick")
+SURNAMES = word_list("adine asen elin ender ikar onna")
+RIVERS = word_list("a el ena is une")
+SHIPS = (word_list("Grey Silver Golden Crimson White Green"), word_list("Heron Swallow Falcon Swan Petrel Gannet"))
 SHARE_UNANSWERED, SHARE_LONG = 0.2, 0.2
 QUESTIONS = 3  # on each text
 

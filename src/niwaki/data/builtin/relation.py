@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from itertools import combinations
 
+from niwaki.data.builtin.english import word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 OTHER = "Other"
@@ -35,22 +36,22 @@ it was about {subject} that a {member} wrote the {message}. | Message-Topic mess
 on {subject} there was only a {message} in the {holder}. | Message-Topic message subject; Content-Container message holder
 """.strip().splitlines()  # noqa: E501
 WORDS = {
-    "force": "storm flood earthquake fire drought explosion frost".split(),
-    "harm": "panic damage confusion delays losses chaos".split(),
-    "trouble": "panic chaos confusion turmoil".split(),
-    "place": "valley school museum harbour kitchen village garden hospital".split(),
-    "message": "report letter book leaflet diary poem novel pamphlet".split(),
-    "subject": "volcanoes justice taxes whales democracy football astronomy nutrition".split(),
-    "tool": "chisel hammer lathe saw drill knife".split(),
-    "maker": "carpenter joiner craftsman volunteer prisoner pensioner".split(),
-    "product": "table cradle wardrobe shelf bench ladder".split(),
-    "goods": "candles bottles blankets toys brushes ropes pots lamps".split(),
-    "holder": "box basket chest sack drawer crate".split(),
-    "source": "factory monastery workshop warehouse market prison".split(),
-    "part": "handle roof door wheel mirror lock".split(),
-    "whole": "car carriage caravan tractor van wagon".split(),
-    "member": "sailor singer student soldier dancer clerk".split(),
-    "band": "crew choir club troupe committee delegation".split(),
+    "force": word_list("storm flood earthquake fire drought explosion frost"),
+    "harm": word_list("panic damage confusion delays losses chaos"),
+    "trouble": word_list("panic chaos confusion turmoil"),
+    "place": word_list("valley school museum harbour kitchen village garden hospital"),
+    "message": word_list("report letter book leaflet diary poem novel pamphlet"),
+    "subject": word_list("volcanoes justice taxes whales democracy football astronomy nutrition"),
+    "tool": word_list("chisel hammer lathe saw drill knife"),
+    "maker": word_list("carpenter joiner craftsman volunteer prisoner pensioner"),
+    "product": word_list("table cradle wardrobe shelf bench ladder"),
+    "goods": word_list("candles bottles blankets toys brushes ropes pots lamps"),
+    "holder": word_list("box basket chest sack drawer crate"),
+    "source": word_list("factory monastery workshop warehouse market prison"),
+    "part": word_list("handle roof door wheel mirror lock"),
+    "whole": word_list("car carriage caravan tractor van wagon"),
+    "member": word_list("sailor singer student soldier dancer clerk"),
+    "band": word_list("crew choir club troupe committee delegation"),
 }
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from niwaki.data.builtin.english import word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 GENRES = {
@@ -18,11 +19,11 @@ GENRES = {
         "The Siege of the {place}",
     ),
 }
-PLACES = """Lighthouse Harbour Castle Orchard Library Theatre Valley Island Mill Bridge Tower Garden Museum Hotel Railway
-    Monastery""".split()
-SERIES = "Amber Copper Crystal Ivory Marble Scarlet Velvet Winter".split()
-SERIES_NOUNS = "Crown Forest Key Mirror Sword Throne".split()
-PARTS = "One Two Three Four Five Six".split()
+PLACES = word_list("""Lighthouse Harbour Castle Orchard Library Theatre Valley Island Mill Bridge Tower Garden Museum
+    Hotel Railway Monastery""")
+SERIES = word_list("Amber Copper Crystal Ivory Marble Scarlet Velvet Winter")
+SERIES_NOUNS = word_list("Crown Forest Key Mirror Sword Throne")
+PARTS = word_list("One Two Three Four Five Six")
 NEGATIVES = 2  # to each title that comes next
 
 

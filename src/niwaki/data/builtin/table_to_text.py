@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from niwaki.data.builtin.english import listed, with_article
+from niwaki.data.builtin.english import listed, with_article, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
 # The fields in their order, and their values; a name is of two parts.
-FIRST = "Blue Golden Old Green Red Silver".split()
-SECOND = "Anchor Lantern Plough Garden Swan Mill Oak Harbour".split()
+FIRST = word_list("Blue Golden Old Green Red Silver")
+SECOND = word_list("Anchor Lantern Plough Garden Swan Mill Oak Harbour")
 FIELDS = {
     "eatType": ("restaurant", "pub", "coffee shop"),
     "food": ("Italian", "French", "Indian", "Japanese", "English", "Chinese"),
@@ -23,9 +23,9 @@ REFERENCES = 3  # of each table
 
 @dataclass(frozen=True, kw_only=True)
 class PlacesToEat(Generated):
-    """`source`: "name[The Blue Mill], eatType[pub], food[French]" with three to seven of the fields; `target`: one or two
-    sentences that say all of it and nothing else. Each table has three rows, which are in one split; `references`:
-    the targets of all three."""
+    """`source`: "name[The Blue Mill], eatType[pub], food[French]" with three to seven of the fields; `target`: one
+    or two sentences that say all of it and nothing else. Each table has three rows, which are in one split;
+    `references`: the targets of all three."""
 
     apart: ClassVar[tuple[str, ...]] = ("source",)
 

@@ -4,14 +4,14 @@ import calendar
 from dataclasses import dataclass
 from typing import ClassVar
 
-from niwaki.data.builtin.english import DAYS, MONTHS, in_words
+from niwaki.data.builtin.english import DAYS, MONTHS, in_words, word_list
 from niwaki.data.builtin.generated import Draws, Generated, Row
 
-GERMAN_SMALL = """null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn
-    siebzehn achtzehn neunzehn""".split()
-GERMAN_TENS = "- - zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
-GERMAN_DAYS = "Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag".split()
-GERMAN_MONTHS = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
+GERMAN_SMALL = word_list("""null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn
+    fünfzehn sechzehn siebzehn achtzehn neunzehn""")
+GERMAN_TENS = word_list("- - zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig")
+GERMAN_DAYS = word_list("Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag")
+GERMAN_MONTHS = word_list("Januar Februar März April Mai Juni Juli August September Oktober November Dezember")
 ORDINALS = {1: "first", 2: "second", 3: "third", 5: "fifth", 8: "eighth", 9: "ninth", 12: "twelfth"}
 GERMAN_ORDINALS = {1: "erst", 3: "dritt", 7: "siebt", 8: "acht"}
 NOUNS = {
