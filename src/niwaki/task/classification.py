@@ -50,7 +50,7 @@ class Classification(Task):
         return ClassScores(len(labels))
 
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in batched(rows):
             encoded = self._tokenize({key: [row[key] for row in part] for key in part[0]}, tokenizer)
