@@ -14,9 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from io import FileIO
 from pathlib import Path
 
 from niwaki.errors import ConfigError
@@ -68,14 +69,14 @@ def run(solution: str, tests: str, limits: Limits | None = None, *, isolated: bo
         "seconds": int(limits.seconds) + 2, "file": min(1, limits.disk) * MIB, "files": limits.files,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="niwaki-", ignore_cleanup_errors=True) as folder, pipes() as (report, told):
-        os.write(told[1], token)
-        os.close(told[1])
-        with started(Path(folder), report[1], told[0]) as child:
-            os.close(report[1])
+        told[1].write(token)
+        told[1].close()
+        with started(Path(folder), report[1].fileno(), told[0].fileno()) as child:
+            report[1].close()
             assert child.stdin is not None
             with suppress(BrokenPipeError), child.stdin:
                 child.stdin.write(json.dumps(job).encode())
-            said, reason = listen(child, report[0], Path(folder), limits)
+            said, reason = listen(child, report[0].fileno(), Path(folder), limits)
         code = child.returncode
     if said.startswith(REFUSED):
         raise NoSandbox(
@@ -92,15 +93,11 @@ def run(solution: str, tests: str, limits: Limits | None = None, *, isolated: bo
 
 
 @contextmanager
-def pipes() -> Iterator[tuple[list[int], list[int]]]:
-    """Two pipes (to read, to write), each end closed at last."""
-    found = [list(os.pipe()), list(os.pipe())]
-    try:
+def pipes() -> Iterator[tuple[list[FileIO], list[FileIO]]]:
+    """Two pipes (to read, to write). As files, which close once: a number may be another thread's by then."""
+    with ExitStack() as ends:
+        found = [[ends.enter_context(FileIO(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True)] for _ in "12"]
         yield found[0], found[1]
-    finally:
-        for end in (*found[0], *found[1]):
-            with suppress(OSError):
-                os.close(end)
 
 
 @contextmanager

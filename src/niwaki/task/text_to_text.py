@@ -45,6 +45,7 @@ class TextToText(Task):
     writes: ClassVar[bool] = True
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     answer: ClassVar[str] = "target"  # the column with what is to be written
+    keeps_end: ClassVar[bool] = False  # a source that is too long loses its beginning, else its end
     of_search: ClassVar[tuple[str, ...]] = (
         "num_beams", "do_sample", "temperature", "top_k", "top_p", "seed", "min_target_length", "length_penalty",
         "no_repeat_ngram_size", "repetition_penalty",
@@ -127,7 +128,7 @@ class TextToText(Task):
             raise ConfigError(f"task.max_length={self.max_length}: what stands around a source takes all of it")
         texts = self._sources(rows)
         found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [[*before, *ids[:room], *behind] for ids in found]
+        return [[*before, *(ids[-room:] if self.keeps_end else ids[:room]), *behind] for ids in found]
 
     def _sources(self, rows: Rows) -> list[str]:
         """Each source with its prefix."""
@@ -192,12 +193,18 @@ class TextToText(Task):
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
+        for batch, part in self._asked(model, tokenizer, rows):
+            for row, text in zip(part, texts_of(self.answered(model, batch), tokenizer), strict=True):
+                yield {**row, "generated": text}
+
+    def _asked(
+        self, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[dict[str, Tensor], Sequence[Mapping[str, Any]]]]:
+        """Batches of rows that are to be answered, with the rows."""
         for part in batched(rows):
             columns = {name: [row[name] for row in part] for name in part[0]}
             features = [{"input_ids": ids} for ids in self._read(columns, tokenizer)]
-            batch = {name: value.to(model.device) for name, value in self.collate(features, tokenizer).items()}
-            for row, text in zip(part, texts_of(self.answered(model, batch), tokenizer), strict=True):
-                yield {**row, "generated": text}
+            yield {name: value.to(model.device) for name, value in self.collate(features, tokenizer).items()}, part
 
 
 def fields_of(text: str) -> list[str]:
