@@ -126,6 +126,10 @@ class Task(abc.ABC):
         """The classes, in the order of the head's outputs; empty where there are none."""
         return ()
 
+    def equip(self, tokenizer: Any) -> None:
+        """Give a tokenizer what the task needs and it lacks; its files keep that."""
+        return None
+
     @abc.abstractmethod
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         """Columns of text to columns of features: `input_ids`, `labels`, `length` and what else is needed. A row whose
