@@ -21,7 +21,7 @@ from niwaki.model.load import DECODER_START, Pretrained
 from niwaki.model.text import in_decoder, text_of
 from niwaki.pipeline import read
 from niwaki.task.task import IGNORED, until_end
-from niwaki.task.text_to_text import told
+from niwaki.task.layout import told
 from niwaki.task.translation import Translation, TranslationScores
 
 FAMILIES = ["bart", "t5"]
@@ -110,10 +110,10 @@ def test_scores_are_those_of_sacrebleu_and_of_hand(setting: Callable[..., Any]) 
         torch.tensor([[*row, *[0] * (longest - len(row))] for row in references]),
     )
     assert scores.written == [one for one, _ in pairs]
-    assert scores.references == [other for _, other in pairs]
+    assert scores.references == [[other] for _, other in pairs]
     found = scores.compute()
-    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(scores.written, [scores.references]).score)
-    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(scores.written, [scores.references]).score)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(scores.written, scores.streams).score)
+    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(scores.written, scores.streams).score)
     assert found["cer"] == pytest.approx((3 + 1) / (20 + 4 + 15))
     assert found["exact"] == pytest.approx(1 / 3)
     assert found["loss"] == pytest.approx(math.log(50))
@@ -167,7 +167,7 @@ def test_bad_settings_are_refused(setting: str, message: str) -> None:
 def test_a_model_without_a_decoder_is_refused(setting: Callable[..., Any]) -> None:
     from niwaki.model.tiny import Tiny
 
-    with pytest.raises(ConfigError, match="task=translation: transformers has no bert model for this task"):
+    with pytest.raises(ConfigError, match="task=translation: needs a model that writes, and bert sees the whole text"):
         Tiny(name="bert").empty(Translation(), ())
     with pytest.raises(ConfigError, match=r"task\.max_target_length=600: the model writes at most 512 tokens"):
         Translation(max_target_length=600).check(Anatomy.of(setting("bart", "translation").model))

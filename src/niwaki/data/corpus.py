@@ -48,6 +48,7 @@ class Corpus:
         Raises:
             DataError: rows, columns or labels that cannot be used.
         """
+        task.equip(tokenizer)
         splits = source.splits(task.needs, seed)
         labels = task.labels(splits)
         train = with_unlabelled(splits["train"], source, task.needs)
@@ -164,4 +165,5 @@ def tokenizer_hash(tokenizer: Any) -> str:
     del content["truncation"], content["padding"]
     special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
     ways = (special, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens)
-    return hashlib.sha256(json.dumps([content, ways]).encode()).hexdigest()
+    told = [content, ways, *filter(None, [tokenizer.chat_template])]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -39,6 +39,7 @@ class Export(abc.ABC):
         "classification", "ner", "masked_lm", "causal_lm", "multi_label", "regression", "relation", "multiple_choice",
         "question_answering",
     )  # fmt: skip
+    texts: ClassVar[bool] = False  # whether it can do every task that writes texts too
     packages: ClassVar[tuple[str, ...]] = ()  # that have to be installed
     extra: ClassVar[str] = ""  # of niwaki, which brings them
 
@@ -53,10 +54,12 @@ class Export(abc.ABC):
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             raise ConfigError(f"export={self.name}: needs {missing[0]}; pip install 'niwaki[{self.extra}]'")
-        if task.name not in self.tasks:
+        if task.name not in self.tasks and not (self.texts and task.writes):
             raise ConfigError(
-                f"export={self.name}: task={task.name} writes texts by an encoder and a decoder with a cache, "
-                "for which this format has no graphs; export=onnx and export=hf can"
+                f"export={self.name}: task={task.name} writes texts by a decoder with a cache, for which this format has "
+                "no graphs; export=onnx and export=hf can"
+                if task.writes
+                else f"export={self.name}: needs a task of {', '.join(self.tasks)}, and this is {task.name}"
             )
 
     def conflict(self, stages: Sequence[Stage]) -> str | None:

@@ -32,7 +32,7 @@ class HuggingFace(Export):
     """
 
     paper: ClassVar[str] = "Wolf et al. 2020, arXiv:1910.03771"
-    tasks: ClassVar[tuple[str, ...]] = (*Export.tasks, "translation")
+    texts: ClassVar[bool] = True
 
     weights: Literal["dense", "torchao"] = "dense"
     tolerance: float = 0.01

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 FILE = "model.onnx"
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
-WRITTEN = ("causal_lm", "translation")  # tasks whose models write texts
 LARGEST = 2**31 - 2**20  # bytes of one protobuf file; what is larger has its weights beside it
 OPSETS = (21, 25)  # that ours are written for: types of 4 bits, and of 2 bits
 LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
@@ -50,7 +49,7 @@ class Onnx(Export):
     paper: ClassVar[str] = "ONNX, 2017, github.com/onnx/onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxscript")
     extra: ClassVar[str] = "onnx"
-    tasks: ClassVar[tuple[str, ...]] = (*Export.tasks, "translation")
+    texts: ClassVar[bool] = True
 
     opset: int | None = None
     kernels: Literal["portable", "onnxruntime"] = "portable"
@@ -64,7 +63,7 @@ class Onnx(Export):
         super().check(task, anatomy)
         if task.name not in Export.tasks and not self.cache:
             raise ConfigError(
-                f"export.onnx.cache=false: task={task.name} goes by an encoder and a decoder with a cache; needs true"
+                f"export.onnx.cache=false: task={task.name} goes by a decoder with a cache; needs true"
             )
         model: Any = anatomy.model
         if self.writes(task) and not model.config.is_encoder_decoder:
@@ -94,7 +93,7 @@ class Onnx(Export):
 
     def writes(self, task: Task) -> bool:
         """Whether what is exported has a cache."""
-        return self.cache and task.name in WRITTEN
+        return self.cache and task.writes
 
     def functions(self, task: Task, model: Any, example: Mapping[str, Tensor]) -> dict[str, Function]:
         """What is traced, by the files that it becomes."""

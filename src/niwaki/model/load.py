@@ -271,7 +271,8 @@ def fitted(tokenizer: Any, config: Any) -> Any:
     if family_of(config).reads_end:  # in every row as often: an end token that is spelled in a text is none
         tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     start = getattr(config, "decoder_start_token_id", None)
-    if start is not None:
+    tokenizer.init_kwargs.pop(DECODER_START, None)  # of a model that it came with
+    if start is not None and config.is_encoder_decoder:
         tokenizer.init_kwargs[DECODER_START] = tokenizer.convert_ids_to_tokens(start)
     return tokenizer
 

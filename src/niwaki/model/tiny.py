@@ -16,6 +16,7 @@ from niwaki.model.load import Pretrained, auto_class, fitted, with_labels
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
+SENTINELS = {"t5": [f"<extra_id_{number}>" for number in range(32)]}  # what stands for a span that was left out
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 POSITIONS = {"max_position_embeddings": 512}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -69,7 +70,7 @@ class Tiny(Pretrained):
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
-        vocabulary = {piece: i for i, piece in enumerate(pieces())}
+        vocabulary = {piece: i for i, piece in enumerate(pieces(self.name))}
         tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=64))
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -82,6 +83,7 @@ class Tiny(Pretrained):
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
             mask_token="[MASK]", bos_token="[CLS]", eos_token="[SEP]", model_max_length=512,
             model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+            extra_special_tokens=SENTINELS.get(self.name, []),
         )  # fmt: skip
         return fitted(plain, self.config())
 
@@ -90,7 +92,7 @@ class Tiny(Pretrained):
 
         plain = AutoConfig.for_model(self.name)
         sizes = {name: value for name, value in SIZES.items() if hasattr(plain, name)}
-        return self.changed(AutoConfig.for_model(self.name, vocab_size=len(pieces()), **sizes, **FAMILIES[self.name]))
+        return self.changed(AutoConfig.for_model(self.name, vocab_size=len(pieces(self.name)), **sizes, **FAMILIES[self.name]))
 
     def carried(self) -> list[Edit]:
         return []
@@ -104,6 +106,6 @@ class Tiny(Pretrained):
         return self.padded(model).eval()
 
 
-def pieces() -> list[str]:
-    """The vocabulary: special tokens, characters, and characters inside a word."""
-    return SPECIAL + list(CHARACTERS) + [f"##{character}" for character in CHARACTERS]
+def pieces(name: str = "bert") -> list[str]:
+    """The vocabulary of a family: special tokens, characters, characters inside a word, and sentinels."""
+    return [*SPECIAL, *CHARACTERS, *(f"##{character}" for character in CHARACTERS), *SENTINELS.get(name, [])]

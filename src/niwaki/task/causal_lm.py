@@ -35,6 +35,7 @@ class CausalLM(Task):
     mode: ClassVar[Literal["max", "min"]] = "min"
     head_learns: ClassVar[bool] = False
     causal: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
     whole: ClassVar[bool] = True
     unit: ClassVar[str] = "blocks"
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "max_new_tokens")

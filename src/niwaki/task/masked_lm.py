@@ -14,6 +14,7 @@ from torch import Tensor
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.causal_lm import DOCUMENTS_AT_ONCE, documents
+from niwaki.task.layout import edges
 from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, batched, pad
 
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become the mask, or any token; the others stay
@@ -166,14 +167,6 @@ def refuse_without_mask(tokenizer: Any) -> None:
             f"task=masked_lm: the tokenizer of {tokenizer.name_or_path or 'the model'!r} has no mask token; needs a "
             "model that was trained with one, such as BERT or RoBERTa, or task=causal_lm"
         )
-
-
-def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before a text, and behind it."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
-    first, last = special.index(0), special[::-1].index(0)
-    return ids[:first], ids[len(ids) - last :]
 
 
 def dice_of(ids: np.ndarray, drawing: tuple[int, ...]) -> np.random.Generator:

@@ -72,6 +72,7 @@ class Task(abc.ABC):
     head_learns: ClassVar[bool] = True  # it is new
     head_may_be_new: ClassVar[bool] = False  # where a source has none; it is tied to the embeddings, which are not new
     causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
+    writes: ClassVar[bool] = False  # texts, by a search over one token after another
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
     unit: ClassVar[str] = "rows"  # what a split is counted in, once it is encoded
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)  # the features that hold tokens
@@ -126,6 +127,10 @@ class Task(abc.ABC):
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
         """The classes, in the order of the head's outputs; empty where there are none."""
         return ()
+
+    def equip(self, tokenizer: Any) -> None:
+        """Give a tokenizer what the task needs and it lacks; its files keep that."""
+        return None
 
     @abc.abstractmethod
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
@@ -226,9 +231,10 @@ def searched(model: Any, ids: Tensor, mask: Tensor, *, num_beams: int, new: int)
     return found
 
 
-def until_end(written: Tensor, model: Any) -> Tensor:
-    """Tokens (rows, tokens) that a model wrote, IGNORED behind the first of each row that ends a text."""
-    ended = torch.isin(written, end_tokens(model).to(written.device)).long()
+def until_end(written: Tensor, model: Any, ends: Tensor | None = None) -> Tensor:
+    """Tokens (rows, tokens) that a model wrote, IGNORED behind the first of each row that ends a text: one of `ends`,
+    else of the model's own."""
+    ended = torch.isin(written, (end_tokens(model) if ends is None else ends).to(written.device)).long()
     return written.masked_fill(ended.cumsum(1) > ended, IGNORED)
 
 

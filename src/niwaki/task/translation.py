@@ -23,8 +23,8 @@ class Translation(TextToText):
 
 class TranslationScores(TextScores):
     """bleu and chrf in 0..100 with sacrebleu's settings; cer: characters to change, add and leave out, by those of the
-    references (the phoneme error rate, where each phoneme is one character); exact: the share of answers that are the
-    reference."""
+    first references (the phoneme error rate, where each phoneme is one character); exact: the share of answers that are
+    one of their references."""
 
     def __init__(self, tokenizer: Any) -> None:
         from sacrebleu.metrics import BLEU, CHRF
@@ -35,10 +35,11 @@ class TranslationScores(TextScores):
     def compute(self) -> dict[str, float]:
         from torchmetrics.functional.text import char_error_rate
 
-        hits = sum(one == other for one, other in zip(self.written, self.references, strict=True))
+        hits = sum(one in others for one, others in zip(self.written, self.references, strict=True))
+        first = [others[0] for others in self.references]
         return {
-            **{name: one.corpus_score(self.written, [self.references]).score for name, one in self._metrics.items()},
-            "cer": float(char_error_rate(self.written, self.references)),
+            **{name: one.corpus_score(self.written, self.streams).score for name, one in self._metrics.items()},
+            "cer": float(char_error_rate(self.written, first)),
             "exact": hits / len(self.references),
             **super().compute(),
         }

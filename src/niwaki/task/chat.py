@@ -1,0 +1,114 @@
+"""Talks as a model reads them: the tokenizer's chat template, cut where the assistant's turns begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from niwaki.errors import ConfigError
+from niwaki.task.layout import end_of
+
+Message = dict[str, str]  # role, content
+Turns = Literal["all", "last"]
+
+# For a tokenizer that has none; it is saved with the tokenizer.
+DEFAULT = (
+    "{{ bos_token if bos_token else '' }}"
+    "{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] + (eos_token if message['role'] == 'assistant' else '\\n') }}"
+    "{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt else '' }}"
+)
+
+
+def template_of(tokenizer: Any) -> str:
+    """The tokenizer's own template, else the default one."""
+    own = tokenizer.chat_template
+    return own if isinstance(own, str) else own["default"] if isinstance(own, dict) and "default" in own else DEFAULT
+
+
+def rendered(messages: Sequence[Message], tokenizer: Any, *, asked: bool = False) -> str:
+    """A talk as text; `asked`: up to where the assistant's next turn begins.
+
+    Raises:
+        ConfigError: the template refuses it.
+    """
+    from jinja2 import TemplateError
+
+    if not messages:
+        return ""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=asked, chat_template=template_of(tokenizer)
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(f"the chat template of the tokenizer refuses the roles {roles} ({error})") from None
+    return text
+
+
+def parts(messages: Sequence[Message], tokenizer: Any, turns: Turns) -> list[tuple[str, bool]]:
+    """A talk whose last turn is the assistant's, in pieces: (text, whether the assistant says it). What stands behind the
+    mark that ends a turn is not the assistant's, be it a line break.
+
+    Raises:
+        ConfigError: the template writes a turn otherwise once others follow, so that its place cannot be told.
+    """
+    whole = rendered(messages, tokenizer)
+    found, done = [], 0
+    for number, message in enumerate(messages):
+        last = number == len(messages) - 1
+        if message["role"] != "assistant" or (turns == "last" and not last):
+            continue
+        before, behind = rendered(messages[:number], tokenizer, asked=True), rendered(messages[: number + 1], tokenizer)
+        if not whole.startswith(behind) or not behind.startswith(before) or len(before) < done:
+            raise ConfigError(
+                "task.turns=all: the chat template of the tokenizer writes a turn otherwise once others follow it; "
+                "needs last"
+                if not last
+                else "the chat template of the tokenizer writes what it adds for an answer otherwise once there is one"
+            )
+        said = behind[len(before) :].rstrip()
+        found += [(whole[done : len(before)], False), (said, True)]
+        done = len(before) + len(said)
+    return found
+
+
+def tokens_of(
+    messages: Sequence[Message], tokenizer: Any, turns: Turns, most: int
+) -> tuple[list[int], list[bool], list[int]]:
+    """The tokens before the last answer, which of them an earlier answer says, and those of the last answer, at most
+    `most`. Each piece is encoded by itself, as it is where a model answers, so no token crosses from one to another; the
+    tokenizer's end token ends an answer where the template has none."""
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    pieces = []
+    for text, said in parts(messages, tokenizer, turns):
+        ids = encoded(text, tokenizer)
+        if said and (not ids or ids[-1] not in known):
+            ids = [*ids, end_of(tokenizer)]
+        pieces.append((ids, said))
+    *earlier, (answer, _) = pieces
+    if len(answer) > most:
+        answer = [*answer[: most - 1], answer[-1]]
+    before = [token for ids, _ in earlier for token in ids]
+    return before, [said for ids, said in earlier for _ in ids], answer
+
+
+def encoded(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a piece, the special ones that the template spells among them."""
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token with which the assistant ends a turn."""
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    return tokens_of(pair, tokenizer, "last", 8)[2][-1]
+
+
+def shortened(messages: Sequence[Message]) -> list[Message] | None:
+    """A talk without its oldest question and what was answered to it, its system text as it was; None where only the
+    last question is left."""
+    lead = 1 if messages[0]["role"] == "system" else 0
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    return [*messages[:lead], *messages[users[1] :]] if len(users) > 1 else None

@@ -1,0 +1,134 @@
+"""Instruction tuning: the assistant's turns of talks (Wei et al. 2022, arXiv:2109.01652; Ouyang et al. 2022,
+arXiv:2203.02155)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from niwaki.data.source import Needs
+from niwaki.errors import ConfigError
+from niwaki.task import chat
+from niwaki.task.layout import CROSSED, layout_for
+from niwaki.task.rouge import Words, rouge
+from niwaki.task.task import Rows
+from niwaki.task.text_to_text import BETWEEN, TextScores, TextToText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction(TextToText):
+    """-log p of what the assistant says, the end of each of its turns included; what others say is read alone.
+
+    A talk is written by the tokenizer's chat template, or one that is then saved with it (`chat.DEFAULT`), up to the last
+    turn of the assistant. `turns`: which of its turns are learned; an encoder with a decoder reads all but the last.
+    What does not fit in `max_length` is left out from the oldest question on, the system text last; of one question that
+    is too long, the beginning. The scores beside perplexity are of the last turn, as the model writes it.
+    """
+
+    needs: ClassVar[Needs] = Needs(required=("messages",))
+    metric: ClassVar[str] = "perplexity"
+    mode: ClassVar[Literal["max", "min"]] = "min"
+    paper: ClassVar[str] = "Wei et al. 2022, arXiv:2109.01652; Ouyang et al. 2022, arXiv:2203.02155"
+    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words")
+
+    max_length: int = 256
+    turns: chat.Turns = "all"
+    rouge_words: Words = "english"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prefix", "separator"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"task.{name}={getattr(self, name)!r}: the chat template says what stands around a turn; leave it "
+                    "out, or give a system turn"
+                )
+
+    def equip(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = chat.DEFAULT
+
+    def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
+        layout, end = layout_for(tokenizer), chat.end_of_turn(tokenizer)
+        found: Rows = {name: [] for name in ("input_ids", "counted", "labels", "end", "reference", "length")}
+        for messages in rows["messages"]:
+            talk = until_last_answer(messages)
+            source, counted, target = self._fitted(talk, tokenizer)
+            content = talk[-1]["content"]
+            if layout.crossed:
+                (target,) = layout.targets([content], tokenizer, self.max_target_length)
+            found["input_ids"].append(source)
+            found["counted"].append(counted)
+            found["labels"].append(target)
+            found["end"].append(end)
+            found["reference"].append([byte for byte in content.encode() if byte not in (0, BETWEEN)])
+            found["length"].append(len(source) + len(target))
+        return found
+
+    def _read(self, rows: Rows, tokenizer: Any) -> list[list[int]]:
+        # With an answer that no one reads: the pieces before it are the same as in training.
+        answer = {"role": "assistant", "content": "a"}
+        return [self._fitted([*talk, answer], tokenizer)[0] for talk in rows["messages"]]
+
+    def _fitted(self, talk: list[chat.Message], tokenizer: Any) -> tuple[list[int], list[bool], list[int]]:
+        """What stands before the last answer, which of it counts, and the answer."""
+        crossed = layout_for(tokenizer).crossed
+        before, behind = CROSSED.around(tokenizer, None) if crossed else ([], [])
+        room = self.max_length - len(before) - len(behind)
+        rest: list[chat.Message] | None = talk
+        while rest is not None:
+            talk = rest
+            source, counted, answer = chat.tokens_of(
+                talk, tokenizer, "last" if crossed else self.turns, self.max_target_length
+            )
+            if source[: len(before)] == before:  # where the template spells it
+                source, counted = source[len(before) :], counted[len(before) :]
+            if len(source) <= room:
+                break
+            rest = chat.shortened(talk)
+        source, counted = source[-room:], counted[-room:]
+        return (
+            [*before, *source, *behind],
+            [*[False] * len(before), *counted, *[False] * len(behind)],
+            answer,
+        )
+
+    def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        end = chat.end_of_turn(tokenizer)
+        return super().collate([{"end": end, **row} for row in features], tokenizer)
+
+    def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
+        return AnswerScores(tokenizer, self.rouge_words)
+
+
+def until_last_answer(messages: Sequence[chat.Message]) -> list[chat.Message]:
+    """The talk up to the last turn of the assistant."""
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return [dict(message) for message in messages[: last + 1]]
+
+
+class AnswerScores(TextScores):
+    """rougeL and bleu in 0..100; exact: the share of answers that are the reference."""
+
+    def __init__(self, tokenizer: Any, rouge_words: Words) -> None:
+        from sacrebleu.metrics import BLEU
+
+        super().__init__(tokenizer)
+        self._bleu = BLEU()
+        self._words = rouge_words
+
+    def compute(self) -> dict[str, float]:
+        hits = sum(one == other.strip() for one, (other, *_) in zip(self.written, self.references, strict=True))
+        return {
+            **rouge(self.written, self.references, self._words, ("rougeL",)),
+            "bleu": self._bleu.corpus_score(self.written, self.streams).score,
+            "exact": hits / len(self.written),
+            **super().compute(),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """sacrebleu's own words for what `compute` did."""
+        return {"signatures": {"bleu": str(self._bleu.get_signature())}}

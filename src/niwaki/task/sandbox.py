@@ -1,0 +1,163 @@
+"""Generated Python runs in a process of its own that can do nothing else (the sandbox of Chen et al. 2021,
+arXiv:2107.03374, section 2.3, here by what Linux offers without root; see `sandboxed.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from io import FileIO
+from pathlib import Path
+
+from niwaki.errors import ConfigError
+from niwaki.task.sandboxed import FAILED, PASSED, READY, REFUSED
+
+MIB = 2**20
+START = 60.0  # seconds until the interpreter runs, at most
+LOOK = 0.02  # seconds between two looks at the folder
+LONGEST = 4096  # bytes of a report
+CHILD = Path(__file__).with_name("sandboxed.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`seconds` of a run, `memory` in MiB, `disk` in MiB of all that it writes."""
+
+    seconds: float = 5.0
+    memory: int = 512
+    disk: int = 8
+    files: int = 32  # open at once
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether the tests ran to their end, and why not."""
+
+    passed: bool
+    reason: str = ""
+
+
+class NoSandbox(ConfigError):
+    """This machine cannot isolate a process."""
+
+
+def run(solution: str, tests: str, limits: Limits | None = None, *, isolated: bool = True) -> Outcome:
+    """Run a solution and then, in the same names, its tests.
+
+    It has passed if the process says so with a random number that it reads behind the last test. Code that looks for
+    that pipe on purpose could read it; code that ends, loops, or writes what it likes has not passed. `isolated=False`
+    keeps the limits and the process of its own, and gives up neither files nor network.
+
+    Raises:
+        NoSandbox: the kernel refuses to isolate the process.
+    """
+    limits = limits or Limits()
+    token = secrets.token_hex(16).encode()
+    job = {
+        "solution": solution, "tests": tests, "isolated": isolated, "memory": limits.memory * MIB,
+        "seconds": int(limits.seconds) + 2, "file": min(1, limits.disk) * MIB, "files": limits.files,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="niwaki-", ignore_cleanup_errors=True) as folder, pipes() as (report, told):
+        told[1].write(token)
+        told[1].close()
+        with started(Path(folder), report[1].fileno(), told[0].fileno()) as child:
+            report[1].close()
+            assert child.stdin is not None
+            with suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(json.dumps(job).encode())
+            said, reason = listen(child, report[0].fileno(), Path(folder), limits)
+        code = child.returncode
+    if said.startswith(REFUSED):
+        raise NoSandbox(
+            f"task.unsafe=false: this machine cannot isolate a process ({said[1:].decode(errors='replace')}), so no "
+            "generated code is run; needs Linux 5.13 or later on x86_64 or aarch64, or task.unsafe=true"
+        )
+    if said == READY + PASSED + token and not reason:
+        return Outcome(True)
+    if not reason and said.startswith(READY + FAILED):
+        reason = said[2:].decode(errors="replace")
+    if not reason and code is not None and code < 0:
+        reason = f"ended by {signal.Signals(-code).name}"
+    return Outcome(False, reason or "ended before its tests were through")
+
+
+@contextmanager
+def pipes() -> Iterator[tuple[list[FileIO], list[FileIO]]]:
+    """Two pipes (to read, to write). As files, which close once: a number may be another thread's by then."""
+    with ExitStack() as ends:
+        found = [[ends.enter_context(FileIO(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True)] for _ in "12"]
+        yield found[0], found[1]
+
+
+@contextmanager
+def started(folder: Path, report: int, token: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, in a session of its own; at last it is killed, with whatever it started."""
+    # Not -I, which would not let the seed of hashes be set: the order of a set is the same in each run.
+    flags = ["-S", "-s", "-P", "-B", "-X", "utf8"]
+    child = subprocess.Popen(
+        [sys.executable, *flags, str(CHILD), str(report), str(token)], cwd=folder, stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(report, token), start_new_session=True,
+        env={"PYTHONHASHSEED": "0", "HOME": str(folder), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def listen(child: subprocess.Popen[bytes], report: int, folder: Path, limits: Limits) -> tuple[bytes, str]:
+    """What the process says, and why it was stopped, where it was: it took too long, or wrote too much."""
+    said, begin, ready = b"", time.monotonic(), False
+    while len(said) <= LONGEST:
+        heard, _, _ = select.select([report], [], [], LOOK)
+        if heard:
+            part = os.read(report, LONGEST)
+            if not part:
+                return said, ""
+            said += part
+            if not ready and said.startswith(READY):
+                ready, begin = True, time.monotonic()
+        if time.monotonic() - begin > (limits.seconds if ready else START):
+            return said, f"ran longer than {limits.seconds:g} s" if ready else "did not start"
+        if size_of(folder) > limits.disk * MIB:
+            return said, f"wrote more than {limits.disk} MiB"
+        if not heard and child.poll() is not None:
+            return said, ""
+    return said, "said too much"
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder, which may change meanwhile; each counts for one block at least."""
+    total = 0
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                total += max(4096, entry.stat(follow_symlinks=False).st_size)
+    return total
+
+
+def run_all(
+    programs: list[tuple[str, str]], limits: Limits | None = None, *, isolated: bool = True
+) -> list[Outcome]:
+    """The outcome of each (solution, tests), as many at once as there are processors for this process."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+        return list(pool.map(lambda pair: run(*pair, limits, isolated=isolated), programs))
+
+
+@cache
+def check() -> None:
+    """Raise NoSandbox where processes cannot be isolated here."""
+    run("", "")
