@@ -248,10 +248,10 @@ def has_head(task: Task, config: Any) -> bool:
 
 
 def attached(task: Task, model: Any, labels: Sequence[str]) -> set[str]:
-    """Put the task's own head on a model that was just loaded; the names of the parameters that came with it."""
-    stored = set(dict(model.named_parameters()))
+    """Put the task's own head on a model that was just loaded; the names of the tensors that came with it."""
+    stored = set(model.state_dict())
     task.attach(model, labels)
-    return set(dict(model.named_parameters())) - stored
+    return set(model.state_dict()) - stored
 
 
 def renamed(auto: Any, config: Any) -> dict[str, str] | None:
