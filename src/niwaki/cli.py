@@ -66,14 +66,19 @@ def evaluate(
 def predict(
     place: Place,
     text: Annotated[
-        list[str] | None, typer.Argument(help="Texts; without any and without --file, stdin by lines.")
+        list[str] | None,
+        typer.Argument(
+            help="Texts, or JSON objects with the columns of the task; without any and without --file, stdin by lines."
+        ),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A text a line (txt), or any format with a column text.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A text a line (txt), or any format with the columns of the task.")
+    ] = None,
     column: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, max=32, help="Texts that are read before they are answered.")] = 32,
     adapter: Adapter = None,
 ) -> None:
-    """Let an artifact answer texts; JSON lines out."""
+    """Let an artifact answer texts, or rows by their columns; JSON lines out."""
     if text and file:
         raise ConfigError("predict: give texts or --file, not both")
     if column and not file:
@@ -273,13 +278,14 @@ def quiet() -> None:
     quiet_progress()
 
 
-def rows_of(text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any) -> Iterator[dict[str, str]]:
+def rows_of(text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any) -> Iterator[dict[str, Any]]:
     """The rows that a user gave, one way or another."""
     from niwaki.inference import file_rows, text_rows
 
+    needs = saved.task.needs
     if file is not None:
-        return file_rows(file, columns, saved.task.needs)
-    return text_rows(text, "argument") if text else text_rows(sys.stdin, "stdin")
+        return file_rows(file, columns, needs)
+    return text_rows(text, "argument", needs.asking) if text else text_rows(sys.stdin, "stdin line", needs.asking)
 
 
 def pairs(given: list[str] | None) -> dict[str, str]:

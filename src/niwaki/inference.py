@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from niwaki import artifact
-from niwaki.data.columns import check_text
+from niwaki.data.columns import NAMES
 from niwaki.data.corpus import Corpus
 from niwaki.data.files import Files
 from niwaki.data.source import SPLITS, Needs
@@ -18,7 +18,7 @@ from niwaki.errors import ArtifactError, DataError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float
 
     from niwaki.measure.evaluate import evaluate
 
-    rows = source.rows(Needs(required=saved.columns) if saved.columns else saved.task.needs)
+    rows = source.rows(saved.task.needs.trained_on(saved.columns))
     check_labels(rows, saved.labels, str(source.train))
     features = Dataset.from_dict(saved.task.encode(rows[:], saved.tokenizer, saved.labels))
     corpus = Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0)
@@ -73,7 +73,7 @@ def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float
 
 def check_labels(rows: Dataset, known: tuple[str, ...], origin: str) -> None:
     """Refuse labels that the artifact has no output for; a task without labels knows none and needs none."""
-    columns = [column for column in ("label", "tags") if known and column in rows.column_names]
+    columns = [column for column in ("label", "labels", "tags") if known and column in rows.column_names]
     for column in columns:
         for number, value in enumerate(rows[column][:], start=1):
             for label in value if isinstance(value, list) else [value]:
@@ -108,51 +108,51 @@ def like_trained(row: Row, saved: artifact.Artifact) -> Row:
     """
     if not saved.columns:
         return row
-    for column in saved.task.needs.optional:
-        if column in saved.columns and column not in row:
+    needs = saved.task.needs
+    for column in needs.asking.optional:
+        if column in saved.columns and column not in row and column not in NAMES:
+            first, value = next(iter(row.items()))
             raise DataError(
-                f"text {row.get('text', '')[:40]!r}: has no {column}, which the artifact was trained on; give a file "
-                f"with a column {column}, or name it with --column {column}=..."
+                f"{first} {str(value)[:40]!r}: has no {column}, which the artifact was trained on; give "
+                f"{needs.trained_on(saved.columns).asking.example}, or a file with a column {column}, or name it with "
+                f"--column {column}=..."
             )
-    return {
-        name: value for name, value in row.items() if name not in saved.task.needs.optional or name in saved.columns
-    }
+    unread = {column for column in needs.optional if column not in (*saved.columns, *NAMES)}
+    return {name: value for name, value in row.items() if name not in unread}
 
 
-def text_rows(lines: Iterable[str], origin: str) -> Iterator[Row]:
-    """A row for each line.
+def text_rows(lines: Iterable[str], origin: str, needs: Needs) -> Iterator[Row]:
+    """A row for each line, which is a JSON object, or the one text that the task is asked for.
 
     Raises:
-        DataError: an empty line, or one that is not UTF-8.
+        DataError: an empty line, one that is not UTF-8, or one that does not fill the columns.
     """
     number = 0
     try:
         for number, line in enumerate(lines, start=1):  # noqa: B007  (the handlers read it)
-            yield {"text": check_text(line.rstrip("\r\n"))}
+            yield needs.from_text(line.rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{origin} line {number + 1}: not UTF-8; convert it first") from error
+        raise DataError(f"{origin} {number + 1}: not UTF-8; convert it first") from error
     except ValueError as error:
-        raise DataError(f"{origin} line {number}: {error}") from error
+        raise DataError(f"{origin} {number}: {error}") from error
 
 
 def file_rows(path: Path, columns: Mapping[str, str], needs: Needs) -> Iterator[Row]:
-    """The texts of a file: txt by lines, as they are read; any other format by its columns text and, where
-    the task takes pairs, text_pair.
+    """The rows of a file: txt by lines, as they are read; any other format by the columns that the task is asked for.
 
     Raises:
-        DataError: no file, no such column, or a row without text.
+        DataError: no file, no such column, or a bad value.
     """
     if path.suffix.lower() == ".txt":
         with opened(path) as stream:
-            yield from text_rows(stream, str(path))
+            yield from text_rows(stream, f"{path} line", needs.asking)
         return
     source = WholeFile(train=str(path), columns=columns)
-    pair = tuple(column for column in needs.optional if column == "text_pair")
-    rows = source.rows(Needs(required=("text",), optional=pair))
     if source.is_running_text("train"):
-        yield from text_rows(rows["text"][:], str(path))
+        lines = source.rows(Needs(required=("text",)))["text"][:]
+        yield from text_rows(lines, f"{path} line", needs.asking)
     else:
-        yield from ({name: str(value) for name, value in row.items()} for row in rows)
+        yield from source.rows(needs.asking)
 
 
 def opened(path: Path) -> TextIO:

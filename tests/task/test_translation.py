@@ -175,8 +175,8 @@ def test_a_model_without_a_decoder_is_refused(setting: Callable[..., Any]) -> No
 
 def test_predict_writes(setting: Callable[..., Any]) -> None:
     one = setting("t5", "translation")
-    found = list(one.task.answers(one.model.eval(), one.tokenizer, (), [{"text": "one"}, {"text": "two words"}]))
-    assert [row["text"] for row in found] == ["one", "two words"]
+    found = list(one.task.answers(one.model.eval(), one.tokenizer, (), [{"source": "one"}, {"source": "two words"}]))
+    assert [row["source"] for row in found] == ["one", "two words"]
     assert all(isinstance(row["generated"], str) for row in found)
     json.dumps(found)
 

@@ -61,7 +61,7 @@ class Files(Source):
         """
         rows = self._read(UNLABELLED, {self.columns.get(column, column) for column in needs.all})
         kept = self._columns_to_keep({UNLABELLED: rows}, needs)
-        values = self._checked(UNLABELLED, rows, kept)[:]
+        values = self._checked(UNLABELLED, rows, kept, needs)[:]
         if self._format(UNLABELLED, self._paths(UNLABELLED)[0]) == "txt":
             return {"text": [line.rstrip("\r\n") for line in values["text"]]}
         return dict(values)

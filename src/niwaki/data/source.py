@@ -1,12 +1,24 @@
 """Where rows come from: the abstract `Source`, and what every source owes a task."""
 
 import abc
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from niwaki.data.columns import ANSWERS, CHECKS, check_text, values_of
-from niwaki.data.sampling import carve, choose_limit, choose_shots
+from niwaki.data.columns import (
+    ANSWERS,
+    ASKING,
+    CHECKS,
+    EXAMPLES,
+    KEPT_BACK,
+    NAMES,
+    OF_PLAIN_TEXT,
+    TOGETHER,
+    check_text,
+    values_of,
+)
+from niwaki.data.sampling import carve, choose_limit, choose_shots, has_classes
 from niwaki.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -17,10 +29,16 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Needs:
-    """The columns that a task reads: `required` must be there, `optional` are taken where they are."""
+    """The columns that a task reads: `required` must be there, `optional` are taken where they are.
+
+    `checks`: the task's own check of a column, in place of `niwaki.data.columns.CHECKS`. `asks`: what a model is given
+    where it answers rows that are no training rows, null for the columns that are no answer.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    checks: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    asks: tuple[str, ...] | None = None
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -28,8 +46,77 @@ class Needs:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Those that a model is to find."""
+        """Those that a teacher can say in place of the data."""
         return tuple(column for column in self.all if column in ANSWERS)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Those that a model is given, the required ones first."""
+        return tuple(column for column in self.all if column not in KEPT_BACK) if self.asks is None else self.asks
+
+    @property
+    def asking(self) -> "Needs":
+        """What a row must have to be answered."""
+        return Needs(
+            required=tuple(column for column in self.asked if column not in self.optional),
+            optional=tuple(column for column in self.asked if column in self.optional),
+            checks={**self.checks, **ASKING},
+        )
+
+    def trained_on(self, columns: Sequence[str]) -> "Needs":
+        """What labelled rows must have for a model that was trained on rows with these columns; none: not known."""
+        if not columns:
+            return self
+        read = tuple(name for name in self.optional if name in columns and name not in (*KEPT_BACK, *NAMES))
+        unread = tuple(name for name in self.optional if name in (*KEPT_BACK, *NAMES))
+        return replace(self, required=(*self.required, *read), optional=unread)
+
+    def check(self, column: str) -> Callable[[Any], Any]:
+        """Raw value -> canonical value; ValueError says what is wrong with it."""
+        return self.checks.get(column) or CHECKS.get(column, check_text)
+
+    def checked(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row, each value checked; what is not read is left out.
+
+        Raises:
+            ValueError: a missing column, or a bad value.
+        """
+        found = {}
+        for column in self.all:
+            if row.get(column) is None and column in self.optional:
+                continue
+            if column not in row:
+                raise ValueError(f"has no {column!r}; give {self.example}")
+            try:
+                found[column] = self.check(column)(row[column])
+            except ValueError as wrong:
+                raise ValueError(f"column {column!r} {wrong}") from None
+        return found
+
+    @property
+    def example(self) -> str:
+        """A row with the required columns, as JSON."""
+        return json.dumps({column: EXAMPLES.get(column, "...") for column in self.required})
+
+    def from_text(self, text: str) -> dict[str, Any]:
+        """A row from a JSON object, or from any other text where that is all that is required.
+
+        Raises:
+            ValueError: an empty text, one that leaves columns empty, or a bad value.
+        """
+        check_text(text)
+        value, problem = None, ""
+        if text.lstrip().startswith("{"):
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                problem = f" ({error.msg} at character {error.pos + 1})"
+        if isinstance(value, dict):
+            return self.checked(value)
+        if len(self.required) > 1:
+            raise ValueError(f"is no JSON object{problem}; give {self.example}")
+        (column,) = self.required
+        return self.checked({column: OF_PLAIN_TEXT.get(column, str)(text)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +200,9 @@ class Source(abc.ABC):
     def splits(self, needs: Needs, seed: int) -> "dict[str, Dataset]":
         """Exactly train, validation and test, with the task's columns only, every row checked.
 
-        Splits that the source lacks are carved from train with the seed, so that rows of equal text share a
-        split; running text is cut in order instead. Raises DataError or ConfigError, in one line.
+        Splits that the source lacks are carved from train with the seed, so that rows of equal text (one context,
+        one conversation) share a split; running text is cut in order instead. Raises DataError or ConfigError, in one
+        line.
         """
         self._check_mapping(needs)
         found = self.read(needs)
@@ -122,7 +210,7 @@ class Source(abc.ABC):
             if rows.num_rows == 0:
                 raise DataError(f"{self.origin(split)}: has no rows")
         kept = self._columns_to_keep(found, needs)
-        checked = {split: self._checked(split, rows, kept) for split, rows in found.items()}
+        checked = {split: self._checked(split, rows, kept, needs) for split, rows in found.items()}
         whole = self._carved(checked, seed)
         return {split: self._sampled(split, whole[split], seed) for split in SPLITS}
 
@@ -153,14 +241,14 @@ class Source(abc.ABC):
         hint = f"; name it with data.columns.{column}={near}" if near else ""
         return f"{self.origin(split)}: no column {name!r}; found {', '.join(names) or 'none'}{hint}"
 
-    def _checked(self, split: str, rows: "Dataset", kept: list[str]) -> "Dataset":
+    def _checked(self, split: str, rows: "Dataset", kept: list[str], needs: Needs) -> "Dataset":
         """The rows under the task's names, each value checked and made canonical."""
         from datasets import Dataset
 
         values: dict[str, list] = {}
         for column in kept:
             name = self.columns.get(column, column)
-            check = CHECKS.get(column, check_text)
+            check = needs.check(column)
             values[column] = values_of(rows, name)
             if check is check_text and self.is_running_text(split):
                 continue
@@ -170,15 +258,17 @@ class Source(abc.ABC):
                 except ValueError as wrong:
                     place = self.place(split, index + 1, rows[index])
                     raise DataError(f"{place}: column {name!r} {wrong}") from None
-        if "tokens" in values and "tags" in values:
-            self._check_equal_lengths(split, rows, values)
+        self._check_together(split, rows, values)
         return Dataset.from_dict(values)
 
-    def _check_equal_lengths(self, split: str, rows: "Dataset", values: dict[str, list]) -> None:
-        for number, (tokens, tags) in enumerate(zip(values["tokens"], values["tags"], strict=True), start=1):
-            if len(tokens) != len(tags):
-                place = self.place(split, number, rows[number - 1])
-                raise DataError(f"{place}: {len(tokens)} tokens but {len(tags)} tags; give one tag a token")
+    def _check_together(self, split: str, rows: "Dataset", values: dict[str, list]) -> None:
+        for (one, other), check in TOGETHER.items():
+            if one in values and other in values:
+                for number, pair in enumerate(zip(values[one], values[other], strict=True), start=1):
+                    try:
+                        check(*pair)
+                    except ValueError as wrong:
+                        raise DataError(f"{self.place(split, number, rows[number - 1])}: {wrong}") from None
 
     def _carved(self, found: "dict[str, Dataset]", seed: int) -> "dict[str, Dataset]":
         if "train" not in found:
@@ -200,9 +290,9 @@ class Source(abc.ABC):
         if split == "train" and self.shots == 0:
             return rows  # which tell the labels, before they go
         if split == "train" and self.shots is not None:
-            if "label" not in rows.column_names:
+            if "label" not in rows.column_names or not has_classes(rows, "label"):
                 raise ConfigError(
-                    f"data.shots={self.shots}: needs a label column; this task reads "
+                    f"data.shots={self.shots}: needs a label column with classes; this task reads "
                     f"{', '.join(rows.column_names)}; use data.limit"
                 )
             return rows.select(choose_shots(rows["label"][:], self.shots, seed))

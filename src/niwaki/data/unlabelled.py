@@ -30,7 +30,7 @@ def rows_of(path: str, train: Dataset, source: Source, needs: Needs) -> Dataset:
 
     asked = tuple(column for column in needs.required if column not in needs.answers)
     file = Files(train=path, unlabelled=path, columns=source.columns)
-    values = file.read_unlabelled(Needs(required=asked, optional=needs.optional))
+    values = file.read_unlabelled(Needs(required=asked, optional=needs.optional, checks=needs.checks))
     for column in needs.optional:
         if (column in values) != (column in train.column_names):
             verbs = ("has a", "have none") if column in values else ("has no", "have one")

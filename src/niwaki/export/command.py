@@ -11,7 +11,7 @@ import yaml
 
 from niwaki import artifact, catalogue
 from niwaki.data.corpus import Corpus
-from niwaki.data.source import Needs, Source
+from niwaki.data.source import Source
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export
 from niwaki.export.exports import Rows, export
@@ -73,7 +73,7 @@ def rows_of(
     """The rows of a labelled file, or the test rows of a run, encoded as the artifact reads them."""
     from datasets import Dataset
 
-    needs = Needs(required=saved.columns) if saved.columns else saved.task.needs
+    needs = saved.task.needs.trained_on(saved.columns)
     if file is not None:
         source: Source = WholeFile(train=str(file), columns=columns, eval_batch_size=batch_size)
         assert isinstance(source, WholeFile)

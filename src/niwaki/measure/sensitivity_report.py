@@ -13,7 +13,7 @@ import yaml
 
 from niwaki import artifact
 from niwaki.data.corpus import Corpus
-from niwaki.data.source import Needs, Source
+from niwaki.data.source import Source
 from niwaki.errors import ArtifactError, ConfigError
 from niwaki.inference import WholeFile, check_labels, find_artifact
 from niwaki.measure import sensitivity
@@ -108,7 +108,7 @@ def prepare(folder: Path, rows: tuple[Source, str, int]) -> Probe:
 
 def labelled(saved: artifact.Artifact, source: Source, seed: int) -> Dataset:
     """The rows under the task's names."""
-    needs = Needs(required=saved.columns) if saved.columns else saved.task.needs
+    needs = saved.task.needs.trained_on(saved.columns)
     return source.rows(needs) if isinstance(source, WholeFile) else source.splits(needs, seed)["validation"]
 
 

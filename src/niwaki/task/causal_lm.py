@@ -142,7 +142,7 @@ class CausalLM(Task):
         return TokenScores()
 
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         from niwaki.model.anatomy import Anatomy
 

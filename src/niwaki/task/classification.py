@@ -51,7 +51,7 @@ class Classification(Headed):
         return ClassScores(len(labels))
 
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in batched(rows):
             encoded = self.features_of(part, tokenizer, labels)

@@ -137,7 +137,7 @@ class MaskedLM(Task):
         return MaskScores()
 
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         from niwaki.model.anatomy import Anatomy
 

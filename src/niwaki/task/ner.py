@@ -24,7 +24,7 @@ WORD = re.compile(r"\w(?:[\w.'’&/-]*\w)?|[^\w\s]")
 class NER(Task):
     """Entity-level precision, recall, f1 (seqeval), and a table per tag over all words, those cut off included."""
 
-    needs: ClassVar[Needs] = Needs(required=("tokens", "tags"))
+    needs: ClassVar[Needs] = Needs(required=("tokens", "tags"), asks=("text",))
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
@@ -69,7 +69,7 @@ class NER(Task):
         return TagScores(labels)
 
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in batched(rows):
             spans = [[match.span() for match in WORD.finditer(row["text"])] or [(0, 0)] for row in part]

@@ -231,9 +231,9 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        """What the model says of raw rows, one readable dictionary each, in order."""
+        """What the model says of rows with the asked columns of `needs`, one readable dictionary each, in order."""
 
 
 def pad(features: list[dict[str, Any]], tokenizer: Any, *, labels: bool = False) -> dict[str, Tensor]:

@@ -110,10 +110,10 @@ class TextToText(Task):
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores: ...
 
     def answers(
-        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, str]]
+        self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in batched(rows):
-            features = [{"input_ids": ids} for ids in self._tokenize([row["text"] for row in part], tokenizer)]
+            features = [{"input_ids": ids} for ids in self._tokenize([row["source"] for row in part], tokenizer)]
             batch = {name: value.to(model.device) for name, value in pad(features, tokenizer).items()}
             written = self.write(model, batch, num_beams=self.num_beams)
             for row, text in zip(part, texts_of(written, tokenizer), strict=True):
