@@ -6,10 +6,10 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from niwaki.data.builtin.docstrings import (
     Docstring,
@@ -24,6 +24,7 @@ from niwaki.data.source import SPLITS, Needs, Source
 from niwaki.errors import DataError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from datasets import Dataset
 
 LONGEST_TEXT = 64  # words
@@ -50,6 +51,22 @@ AREAS: dict[str, str] = {
     "structures": """collections _collections_abc typing enum dataclasses functools operator contextlib
         weakref _weakrefset copy heapq bisect abc _py_abc types graphlib ctypes keyword""",
 }
+
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+class Grouped(Protocol):
+    """A row with a label, and with the name of what belongs in one split."""
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+
+G = TypeVar("G", bound=Grouped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +106,7 @@ class PythonDocs(Source):
         }
 
 
-def deal(rows: list[Row], validation_fraction: float, test_fraction: float) -> dict[str, list[Row]]:
+def deal(rows: list[G], validation_fraction: float, test_fraction: float) -> dict[str, list[G]]:
     """The rows by split: of each area whole groups, in the order of their hash, until a split has its share.
 
     A group larger than the room left in a split is passed over; what no other split takes is for training.
@@ -122,21 +139,28 @@ def _hash(text: str) -> int:
 
 
 def cached_rows() -> list[Row]:
-    """`parse_rows` of the running interpreter, kept in the cache folder until Python or this code changes."""
+    """`parse_rows` of the running interpreter."""
+    return cached("python_docs", Row, parse_rows)
+
+
+def cached(name: str, kind: type[T], parse: Callable[[Path], list[T]]) -> list[T]:
+    """What `parse` makes of the running standard library, rows of a dataclass, kept in the cache folder until Python
+    or the code (docstrings.py, python_docs.py and the file of that name) changes."""
     library = Path(os.__file__).parent
-    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("docstrings.py", "python_docs.py"))
+    files = sorted({"docstrings.py", "python_docs.py", f"{name}.py"})
+    code = b"".join(Path(__file__).with_name(file).read_bytes() for file in files)
     key = hashlib.sha256(f"{sys.version}\n{library}\n".encode() + code).hexdigest()
-    path = cache_folder() / "python_docs" / f"{key}.json"
+    path = cache_folder() / name / f"{key}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return [Row(**values) for values in kept]
+        return [kind(**values) for values in kept]
     except (OSError, ValueError, TypeError):
-        rows = parse_rows(library)
+        rows = parse(library)
     _save(rows, path)
     return rows
 
 
-def _save(rows: list[Row], path: Path) -> None:
+def _save(rows: Sequence["DataclassInstance"], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent)
@@ -150,7 +174,7 @@ def _save(rows: list[Row], path: Path) -> None:
 def parse_rows(library: Path) -> list[Row]:
     """The rows of a standard library at `library`; each text once. DataError where an area has no source."""
     texts: dict[str, list[Row]] = defaultdict(list)
-    for area, module, path in _modules(library):
+    for area, module, path in modules(library):
         for docstring in docstrings_of(path, module):
             row = _row(area, docstring)
             if row is not None:
@@ -162,7 +186,7 @@ def parse_rows(library: Path) -> list[Row]:
     return rows
 
 
-def _modules(library: Path) -> Iterator[tuple[str, str, Path]]:
+def modules(library: Path) -> Iterator[tuple[str, str, Path]]:
     """Area, dotted name and path of each source file, in one order on every machine."""
     for area, names in AREAS.items():
         for name in sorted(names.split()):
