@@ -35,7 +35,7 @@ class Export(abc.ABC):
     """One format. It holds settings only."""
 
     paper: ClassVar[str]  # where the format is from
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "ner", "masked_lm", "causal_lm")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "ner", "masked_lm", "causal_lm", "retrieval")
     packages: ClassVar[tuple[str, ...]] = ()  # that have to be installed
     extra: ClassVar[str] = ""  # of niwaki, which brings them
 

@@ -48,8 +48,9 @@ class Head(abc.ABC):
 
     @property
     def reading(self) -> tuple[Any, ...]:
-        """What a text becomes before a model reads it; two heads that have the same say something of the same batch."""
-        return ("text", self.max_length)
+        """What a text becomes before a model reads it, lengths aside; heads that have the same one can read the same
+        batch."""
+        return ("text",)
 
     def auto_class_of(self, config: Any) -> str:
         """The transformers class for a model of this Hugging Face config."""
