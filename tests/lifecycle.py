@@ -102,7 +102,9 @@ def begin(recipe: Recipe) -> tuple[Corpus, Work]:
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = read(recipe)
     check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels, corpus.tokens))
-    return corpus, assemble(recipe, corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed))
+    model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
+    recipe.task.begin(model, corpus.as_loaded)
+    return corpus, assemble(recipe, corpus, model)
 
 
 def train(recipe: Recipe, corpus: Corpus, work: Work, folder: Path) -> None:
@@ -142,6 +144,7 @@ class Finished:
 def finish(recipe: Recipe, corpus: Corpus, work: Work, folder: Path) -> Finished:
     """Fold, convert, save: the fold is exact, the conversion within a bound, and what is reloaded says the same. What
     is said goes to `folder`/expected.pt."""
+    recipe.task.refit(work.model, corpus)
     settle(recipe, work)
     inputs = recipe.task.inputs(next(iter(corpus.evaluation("test"))))
     stacked = logits(work.model, inputs)

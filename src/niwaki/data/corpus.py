@@ -74,7 +74,7 @@ class Corpus:
         """How often each token stands in these splits, by its number."""
         tables = [self.features[split].with_format("arrow")[:] for split in splits]
         columns = [table.column(name) for table in tables for name in self.task.token_columns]
-        numbers = [column.combine_chunks().flatten().to_numpy() for column in columns]
+        numbers = [leaves(column).to_numpy() for column in columns]
         return np.bincount(np.concatenate(numbers), minlength=len(self.tokenizer))
 
     def training(self, rank: int = 0, world: int = 1) -> Batches:
@@ -159,6 +159,14 @@ def encoded(task: Task, splits: Mapping[str, Dataset], tokenizer: Any, labels: t
     return {name: found[name] if name in found else like.select([], keep_in_memory=True) for name in splits}
 
 
+def leaves(column: Any) -> Any:
+    """The numbers in a column of lists, or of lists of lists."""
+    found = column.combine_chunks()
+    while "list" in str(found.type):
+        found = found.flatten()
+    return found
+
+
 def chunks(rows: list[Any], size: int) -> list[list[Any]]:
     """`rows` in pieces of `size`."""
     iterator = iter(rows)
@@ -181,5 +189,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     del content["truncation"], content["padding"]
     special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
-    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens)
+    reads_on = tokenizer.init_kwargs.get("reads_on", False)
+    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens, reads_on)
     return hashlib.sha256(json.dumps([content, ways]).encode()).hexdigest()

@@ -17,6 +17,7 @@ from niwaki.model.anatomy import Anatomy, adapt, family_of
 if TYPE_CHECKING:
     from niwaki.task.task import Task
 
+CAUSAL = "reads_on"  # the setting of a tokenizer that says that its model reads from left to right
 DECODER_START = "decoder_start"  # the setting of a tokenizer that names the token before the first of a target
 
 
@@ -265,6 +266,8 @@ def fitted(tokenizer: Any, config: Any) -> Any:
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     if family_of(config).reads_end:  # in every row as often: an end token that is spelled in a text is none
         tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    if family_of(config).causal or getattr(config, "is_decoder", False):
+        tokenizer.init_kwargs[CAUSAL] = True
     start = getattr(config, "decoder_start_token_id", None)
     if start is not None:
         tokenizer.init_kwargs[DECODER_START] = tokenizer.convert_ids_to_tokens(start)

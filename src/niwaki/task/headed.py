@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
     from niwaki.recipe import Recipe
 
-SETTINGS = ("descriptions", "template", "temperature", "pairs")
+SETTINGS = (
+    "descriptions", "template", "temperature", "pairs", "pattern", "verbalizer", "against_contradiction",
+    "demonstrations", "calibrate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,11 @@ class Headed(Task):
     template: str | None = None
     temperature: float | None = None
     pairs: int | None = None
+    pattern: str | None = None
+    verbalizer: Mapping[str, str] = field(default_factory=dict)
+    against_contradiction: bool | None = None
+    demonstrations: int | None = None
+    calibrate: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
