@@ -43,9 +43,10 @@ class Headed(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_smoothing and self.chosen.refits:
+        chosen = self.chosen  # which refuses what it does not know
+        if self.label_smoothing and chosen.refits:
             raise ConfigError(
-                f"task.label_smoothing={self.label_smoothing}: {self.chosen.setting} has a loss without labels to "
+                f"task.label_smoothing={self.label_smoothing}: {chosen.setting} has a loss without labels to "
                 "smooth; leave it 0"
             )
 

@@ -30,7 +30,7 @@ class Pattern:
 
     def filled(self, row: Mapping[str, str], tokenizer: Any) -> str:
         """The pattern with the texts of a row in it. A text that spells the mask does not ask anything."""
-        mask = tokenizer.mask_token or ""
+        mask = "" if self.causal else tokenizer.mask_token
 
         def part(found: re.Match[str]) -> str:
             if found[1] == "mask":
