@@ -31,6 +31,7 @@ from niwaki.task.ner import NER  # noqa: E402
 from niwaki.task.question_answering import QuestionAnswering  # noqa: E402
 from niwaki.task.regression import Regression  # noqa: E402
 from niwaki.task.relation import Relation  # noqa: E402
+from niwaki.task.retrieval import Retrieval  # noqa: E402
 from niwaki.task.translation import Translation  # noqa: E402
 
 TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
@@ -54,6 +55,13 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
     "translation": (
         Translation(max_length=32, max_target_length=16), (),
         {"source": ["one", "twenty two", "three hundred"], "target": ["1", "22", "300"]},
+    ),
+    "retrieval": (
+        Retrieval(max_length=32), (),
+        {
+            "history": [["a pine", "an oak"], ["wire"], ["a pine", "an oak"], ["snow", "ice", "frost"]],
+            "candidate": ["a beech", "a beech", "a wall", "rime"], "label": [1, 0, 1, 1],
+        },
     ),
     "masked_lm": (MaskedLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
     "multi_label": (

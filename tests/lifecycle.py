@@ -25,7 +25,7 @@ from niwaki.stage import refuse_conflicts
 from niwaki.weights import fold
 
 TASKS = ("classification", "ner", "causal_lm")  # of every grid
-FURTHER = ("masked_lm", "translation")  # of some cells of each
+FURTHER = ("masked_lm", "translation", "retrieval")  # of some cells of each
 MODELS = {"causal_lm": "tiny-llama", "translation": "tiny-bart"}  # else tiny-bert
 LARGER = {"causal_lm": "{hidden_size:48,head_dim:12,num_hidden_layers:5}"}  # teachers; else as in `write_teachers`
 STEPS, STOP = 6, 3
@@ -60,6 +60,10 @@ def write_rows(folder: Path, count: int = 24) -> dict[str, str]:
         "causal_lm": [{"text": text} for text in texts],
         "translation": [{"source": text, "target": text[::-1]} for text in texts],
         "masked_lm": [{"text": text} for text in texts],
+        "retrieval": [
+            {"history": [text, texts[i - 1]], "candidate": texts[i // 2], "label": i % 2}
+            for i, text in enumerate(texts)
+        ],
     }
     paths = {}
     for task, found in rows.items():
@@ -102,7 +106,9 @@ def begin(recipe: Recipe) -> tuple[Corpus, Work]:
     pl.seed_everything(recipe.seed, verbose=False)
     corpus = read(recipe)
     check_teachers(recipe, corpus, check_on_empty_model(recipe, corpus.labels, corpus.tokens))
-    return corpus, assemble(recipe, corpus, recipe.model.load(recipe.task, corpus.labels, recipe.seed))
+    model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
+    recipe.task.begin(model, corpus.as_loaded)
+    return corpus, assemble(recipe, corpus, model)
 
 
 def train(recipe: Recipe, corpus: Corpus, work: Work, folder: Path) -> None:
@@ -142,6 +148,7 @@ class Finished:
 def finish(recipe: Recipe, corpus: Corpus, work: Work, folder: Path) -> Finished:
     """Fold, convert, save: the fold is exact, the conversion within a bound, and what is reloaded says the same. What
     is said goes to `folder`/expected.pt."""
+    recipe.task.refit(work.model, corpus)
     settle(recipe, work)
     inputs = recipe.task.inputs(next(iter(corpus.evaluation("test"))))
     stacked = logits(work.model, inputs)

@@ -292,7 +292,7 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
     for edit in saved.edits:
         if edit.carried:
             edit.apply(fresh)
-    same = type(saved.task) is type(task) and saved.labels == tuple(labels)
+    same = saved.task.alike(task) and saved.labels == tuple(labels)
     if same and getattr(saved.model, "generation_config", None) is not None:
         fresh.generation_config = saved.model.generation_config
     source, prefix = (saved.model, "") if same else (saved.model.base_model, Anatomy.of(fresh).prefix)

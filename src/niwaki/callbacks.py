@@ -9,13 +9,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 
 from niwaki.average import RunningAverage, equal, exponential
 from niwaki.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from niwaki.data.corpus import Corpus
+    from niwaki.task.task import Task
 
 
 @dataclass(frozen=True)
@@ -323,6 +327,17 @@ class Interruption(pl.callbacks.Checkpoint):
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
+
+
+class Refit(pl.Callback):
+    """Before each validation: what of the head is computed, rather than learned, follows the model. Its turn comes
+    after those that put an average of the weights into the model."""
+
+    def __init__(self, task: Task, corpus: Corpus) -> None:
+        self._task, self._corpus = task, corpus
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._task.refit(pl_module.model, self._corpus)
 
 
 class LastValidation(pl.Callback):

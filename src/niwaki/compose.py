@@ -43,7 +43,13 @@ from niwaki.stage import Stage
 
 KINDS = (Recipe, Stage, CallbackSettings, Export, pl.Callback, *AXES.values())
 GROUPS_OF_MANY = ("compression", "callbacks", "export")
-FREE_MAPPINGS = ("data.columns", "model.overrides", "optimizer.lr_by_part")  # whose keys no config can know
+FREE_MAPPINGS = (
+    "data.columns",
+    "model.overrides",
+    "optimizer.lr_by_part",
+    "task.descriptions",
+    "task.verbalizer",
+)  # whose keys no config can know
 QUERIES = ("help", "hydra_help", "info", "cfg", "shell_completion")
 REPLACING = ("config_path", "config_name", "config_dir", "experimental_rerun")  # another config than the one checked
 PLUGINS = ("launcher", "sweeper")

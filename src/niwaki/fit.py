@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from niwaki.callbacks import BestCheckpoint, CallbackSettings, Clock, Interruption, LastValidation, Watch
+from niwaki.callbacks import BestCheckpoint, CallbackSettings, Clock, Interruption, LastValidation, Refit, Watch
 from niwaki.data.corpus import Corpus
 from niwaki.edits import Edit
 from niwaki.logger import LoggerSettings
@@ -92,6 +92,7 @@ def fit(recipe: Recipe, corpus: Corpus, work: Work, folder: Path, config: Mappin
     logger = recipe.logger.build(folder, config)
     clock = Clock()
     callbacks = [*callbacks_of(recipe, work, checkpoints, bool(logger)), clock]
+    callbacks += [Refit(recipe.task, corpus)] if recipe.task.refits else []
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer = recipe.trainer.build(folder, logger, callbacks)
     last = checkpoints / "last.ckpt"

@@ -49,11 +49,13 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     console.plan(recipe, corpus)
 
     model = recipe.model.load(recipe.task, corpus.labels, recipe.seed)
+    recipe.task.begin(model, corpus.as_loaded)
     before = sides.before(recipe, corpus.as_loaded, model, folder)
     work = assemble(recipe, corpus, model)
     console.learning(model)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     fitted = fit(recipe, corpus, work, folder, config, resume=resume)
+    recipe.task.refit(model, corpus)
     settle(recipe, work)
     fold_and_convert(recipe, work)
     artifact.save(

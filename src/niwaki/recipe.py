@@ -86,10 +86,16 @@ class Recipe:
         """The configured callbacks of this project, without Lightning's own."""
         return [found for found in self.callbacks.values() if isinstance(found, CallbackSettings)]
 
+    @property
+    def fits(self) -> bool:
+        """Whether there is something to learn from, and for at least one epoch."""
+        return bool(self.trainer.max_epochs) and (self.data.shots != 0 or bool(self.data.unlabelled))
+
     def refuse_conflicts(self) -> None:
         """Raise ConfigError where the optimizer, an export or an average of the weights cannot go with the rest."""
-        if reason := self.optimizer.conflict(self):
-            raise ConfigError(reason)
+        for reason in (self.task.conflict(self), self.optimizer.conflict(self)):
+            if reason:
+                raise ConfigError(reason)
         cutting = next((stage for stage in self.compression.values() if stage.leaves_out_blocks), None)
         if cutting and self.model.layers is not None:
             raise ConfigError(
@@ -113,12 +119,11 @@ class Recipe:
             if reason := one.conflict(self.stages):
                 raise ConfigError(reason)
         reasons = [reason for stage in self.stages if (reason := stage.needs_fit())]
-        if reasons and not self.trainer.max_epochs:
+        if reasons and not self.fits:
             raise ConfigError(reasons[0])
-        if averaging and not self.trainer.max_epochs:
-            raise ConfigError(
-                f"{averaging[0]} and trainer.max_epochs=0: there is no fit to average over; leave one out"
-            )
+        if averaging and not self.fits:
+            none = "data.shots=0" if self.trainer.max_epochs else "trainer.max_epochs=0"
+            raise ConfigError(f"{averaging[0]} and {none}: there is no fit to average over; leave one out")
 
     def refuse_unlabelled(self) -> None:
         """Raise ConfigError where rows without an answer would have no effect."""

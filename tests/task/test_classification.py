@@ -69,8 +69,18 @@ def test_scores_by_hand() -> None:
         "accuracy": pytest.approx(0.6),
         "f1": pytest.approx(13 / 30),
         "mcc": pytest.approx(5 / (12 * 16) ** 0.5),
+        # Each is sure to e / (e + 2) = 0.576, so all are in one of 15 bins: |3/5 - 0.576|
+        "ece": pytest.approx(0.6 - right.neg().exp()[0].item(), abs=1e-6),
         "loss": pytest.approx((3 * right[0].item() + 2 * right[1].item()) / 5, rel=1e-5),
     }
+
+
+def test_the_calibration_error_by_hand() -> None:
+    # Two rows sure to 0.9, one right: |1/2 - 0.9| by 2/3 of the rows; one sure to 0.6 and right: |1 - 0.6| by 1/3.
+    chances = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
+    scores = Classification().scores(("a", "b"))
+    scores.update(SimpleNamespace(logits=chances.log()), {"labels": torch.tensor([0, 1, 1])})
+    assert scores.compute()["ece"] == pytest.approx((2 * 0.4 + 0.4) / 3, abs=1e-6)
 
 
 def test_the_loss_and_its_smoothing(setting: Callable[..., Any]) -> None:

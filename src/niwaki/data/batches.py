@@ -31,7 +31,7 @@ class BucketBatches(Sampler[list[int]]):
             raise ConfigError(f"batch_size={batch_size}: must be 1 or more")
         if not 0 <= rank < world:
             raise ConfigError(f"rank={rank}: must be at least 0 and below world={world}")
-        if len(lengths) < world:
+        if 0 < len(lengths) < world:
             raise DataError(f"{len(lengths)} rows for {world} processes: give at least one row to each")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world = rank, world
@@ -58,6 +58,8 @@ class BucketBatches(Sampler[list[int]]):
     def batches(self) -> list[list[int]]:
         """All batches of this rank in the current epoch."""
         count = len(self) * self.world
+        if not count:
+            return []
         if self.seed is None:
             order = np.argsort(-self.lengths, kind="stable")
             steps = np.arange(len(self))

@@ -18,6 +18,7 @@ from niwaki.data.encode import content_hash, encode, source_of
 from niwaki.data.source import Source
 from niwaki.data.tokens import cut
 from niwaki.data.unlabelled import with_unlabelled
+from niwaki.errors import DataError
 from niwaki.task.task import STARTS, Task
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Corpus:
         task.equip(tokenizer)
         splits = source.splits(task.needs, seed)
         labels = task.labels(splits)
+        if source.shots == 0:  # the labels are known all the same
+            splits["train"] = splits["train"].select([])
         train = with_unlabelled(splits["train"], source, task.needs)
         unlabelled = len(train) - len(splits["train"])
         rows = {**splits, "train": train}
@@ -72,12 +75,13 @@ class Corpus:
         """How often each token stands in these splits, by its number."""
         tables = [self.features[split].with_format("arrow")[:] for split in splits]
         columns = [table.column(name) for table in tables for name in self.task.token_columns]
-        numbers = [column.combine_chunks().flatten().to_numpy() for column in columns]
+        numbers = [leaves(column).to_numpy() for column in columns]
         return np.bincount(np.concatenate(numbers), minlength=len(self.tokenizer))
 
     def training(self, rank: int = 0, world: int = 1) -> Batches:
         """Shuffled batches of the training split, numbered as those of `numbered`."""
-        return self._batches("train", self.source.batch_size, self.seed, rank, world)
+        rows = self.task.epoch(self.features["train"])
+        return self._batches("train", self.source.batch_size, self.seed, rank, world, rows)
 
     def numbered(self) -> Batches:
         """Every row of the training split once, in a fixed order; `row` (rows,) are their numbers in it."""
@@ -111,35 +115,57 @@ class Corpus:
         return [self._collate(list(part)) for part in chunks(list(rows), size) if len(part) == min(size, len(rows))]
 
     def calibration(self, count: int) -> list[dict[str, Any]]:
-        """Batches of `count` labelled rows of the training split in all (it may have fewer), drawn with the seed."""
+        """Batches of `count` labelled rows of the training split in all (it may have fewer), drawn with the seed.
+
+        Raises:
+            DataError: there is none.
+        """
+        if len(self.features["train"]) == self.unlabelled:
+            raise DataError("data.shots=0: there are no training rows to calibrate on; needs at least 1")
         order = np.random.default_rng(self.seed).permutation(len(self.features["train"]) - self.unlabelled)
         rows = list(self.features["train"].select(order[:count], keep_in_memory=True))
         return [self._collate(part) for part in chunks(rows, self.source.batch_size)]
 
-    def _batches(self, split: str, size: int, seed: int | None, rank: int, world: int) -> Batches:
+    def _batches(
+        self, split: str, size: int, seed: int | None, rank: int, world: int, rows: Dataset | None = None
+    ) -> Batches:
+        found = self.features[split] if rows is None else rows
         return Batches(
-            self.features[split],
+            found,
             self._collate if seed is None else ByEpoch(self._drawn),
             size,
             seed=seed,
             workers=self.source.workers,
             rank=rank,
             world=world,
-            numbered=split == "train",
+            numbered=split == "train" and found is self.features[split],
         )
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return self.task.collate(rows, self.tokenizer)
 
     def _drawn(self, rows: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
-        return self.task.draw(rows, self.tokenizer, (self.seed, epoch))
+        drawing = self.seed, epoch
+        return self.task.draw(
+            [*rows, *self.task.company(rows, self.features["train"], drawing)], self.tokenizer, drawing
+        )
 
 
 def encoded(task: Task, splits: Mapping[str, Dataset], tokenizer: Any, labels: tuple[str, ...]) -> dict[str, Dataset]:
     """The features of each split."""
     key = f"{niwaki.__version__}\n{encoding_hash(task)}\n{labels}\n{tokenizer_hash(tokenizer)}"
     function = partial(task.encode, tokenizer=tokenizer, labels=labels)
-    return {name: encode(rows, function, key, whole=task.whole) for name, rows in splits.items()}
+    found = {name: encode(rows, function, key, whole=task.whole) for name, rows in splits.items() if len(rows)}
+    like = next(iter(found.values()))
+    return {name: found[name] if name in found else like.select([], keep_in_memory=True) for name in splits}
+
+
+def leaves(column: Any) -> Any:
+    """The numbers in a column of lists, or of lists of lists."""
+    found = column.combine_chunks()
+    while "list" in str(found.type):
+        found = found.flatten()
+    return found
 
 
 def chunks(rows: list[Any], size: int) -> list[list[Any]]:
@@ -156,7 +182,7 @@ def encoding_hash(task: Task) -> str:
 
 def task_source(task: Task) -> dict[str, str]:
     """The source text of the modules of a task's classes."""
-    return source_of(kind.__module__ for kind in type(task).__mro__ if issubclass(kind, Task))
+    return source_of(task.modules())
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -164,6 +190,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     del content["truncation"], content["padding"]
     special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
-    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens)
+    reads_on = tokenizer.init_kwargs.get("reads_on", False)
+    ways = (special, tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens, reads_on)
     told = [content, ways, *filter(None, [tokenizer.chat_template])]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -131,7 +131,8 @@ class Source(abc.ABC):
     """Rows for the three splits, and how they are served.
 
     `limit` keeps that many rows of each split, a seeded sample in the order of the source; `shots` keeps
-    that many rows of each class of the training split (`limit` then holds for validation and test only).
+    that many rows of each class of the training split (`limit` then holds for validation and test only); 0 leaves
+    none but what their labels are, so nothing is learned.
     `columns` maps a column of the task to its name in the source, or to what it is made of there (`data/names.py`).
     `validation_fraction` and `test_fraction` are the shares of the training rows that become a split which the source
     does not have. `unlabelled` names files whose rows stand behind the training rows without an answer; neither `limit`
@@ -151,9 +152,9 @@ class Source(abc.ABC):
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("workers", 0)):
             self._check_whole_number(name, least)
-        for name in ("limit", "shots"):
+        for name, least in (("limit", 1), ("shots", 0)):
             if getattr(self, name) is not None:
-                self._check_whole_number(name, 1)
+                self._check_whole_number(name, least)
         self._check_fractions()
         self._check_unlabelled()
         if not isinstance(self.columns, Mapping) or not all(
@@ -308,6 +309,8 @@ class Source(abc.ABC):
         return found | {split: found["train"].select(rows) for split, rows in parts.items()}
 
     def _sampled(self, split: str, rows: "Dataset", seed: int) -> "Dataset":
+        if split == "train" and self.shots == 0:
+            return rows  # which tell the labels, before they go
         if split == "train" and self.shots is not None:
             if "label" not in rows.column_names or not has_classes(rows, "label"):
                 raise ConfigError(

@@ -35,11 +35,7 @@ class Export(abc.ABC):
     """One format. It holds settings only."""
 
     paper: ClassVar[str]  # where the format is from
-    tasks: ClassVar[tuple[str, ...]] = (
-        "classification", "ner", "masked_lm", "causal_lm", "multi_label", "regression", "relation", "multiple_choice",
-        "question_answering",
-    )  # fmt: skip
-    texts: ClassVar[bool] = False  # whether it can do every task that writes texts too
+    texts: ClassVar[bool] = False  # whether it can do every task that writes texts
     packages: ClassVar[tuple[str, ...]] = ()  # that have to be installed
     extra: ClassVar[str] = ""  # of niwaki, which brings them
 
@@ -54,12 +50,10 @@ class Export(abc.ABC):
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             raise ConfigError(f"export={self.name}: needs {missing[0]}; pip install 'niwaki[{self.extra}]'")
-        if task.name not in self.tasks and not (self.texts and task.writes):
+        if task.writes and not (self.texts or task.name == "causal_lm"):
             raise ConfigError(
                 f"export={self.name}: task={task.name} writes texts by a decoder with a cache, for which this format has "
                 "no graphs; export=onnx and export=hf can"
-                if task.writes
-                else f"export={self.name}: needs a task of {', '.join(self.tasks)}, and this is {task.name}"
             )
 
     def conflict(self, stages: Sequence[Stage]) -> str | None:

@@ -114,7 +114,7 @@ def files_of(folder: Path) -> list[Path]:
 def example(corpus: Corpus) -> dict[str, Tensor]:
     """Two rows of the test split, as a model reads them; one row twice where there are no more."""
     batch = corpus.task.inputs(corpus.samples("test", 2, 1)[0])
-    return {name: tensor.expand(2, -1).contiguous() if len(tensor) == 1 else tensor for name, tensor in batch.items()}
+    return {name: torch.cat([tensor, tensor]) if len(tensor) == 1 else tensor for name, tensor in batch.items()}
 
 
 def judged(one: Export, saved: Artifact, runner: Runner, rows: Rows) -> dict[str, Any]:

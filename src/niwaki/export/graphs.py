@@ -50,7 +50,7 @@ def whole(model: Any, example: Mapping[str, Tensor]) -> Function:
     """The inputs of a batch -> logits: any number of rows, and of tokens what the model reads."""
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=Anatomy.of(model).positions)
     names = list(example)
-    sizes = tuple({0: batch, 1: length} for _ in names)
+    sizes = tuple({0: batch, one.dim() - 1: length} for one in example.values())
     return Function(Logits(model, names).eval(), tuple(example.values()), sizes, names, ["logits"])
 
 

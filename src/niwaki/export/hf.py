@@ -46,6 +46,11 @@ class HuggingFace(Export):
 
         super().check(task, anatomy)
         model: Any = anatomy.model
+        if "forward" in vars(model):
+            raise ConfigError(
+                f"export={self.name}: this head is niwaki's own, and no class of transformers has it; leave it out, or "
+                "use export=onnx"
+            )
         if odd := plain.foreign_names(model, task):
             raise ConfigError(
                 f"export={self.name}: {odd[0]} is not what a plain {model.config.model_type} has there, so no folder "

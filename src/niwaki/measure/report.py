@@ -159,7 +159,7 @@ COSTS: tuple[tuple[str, str, Change], ...] = (
 )
 IN_FULL = ("parameters", "nonzero")
 MORE_IS_BETTER = ("throughput", "sparsity")
-LESS_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer", "cer", "bits_per_byte")
+LESS_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer", "cer", "bits_per_byte", "ece")
 
 
 def is_score(name: str) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from niwaki.data.source import Needs, Source
     from niwaki.task.task import Task
 
+CAUSAL = "reads_on"  # the setting of a tokenizer that says that its model reads from left to right
 DECODER_START = "decoder_start"  # the setting of a tokenizer that names the token before the first of a target
 
 
@@ -253,10 +254,10 @@ def has_head(task: Task, config: Any) -> bool:
 
 
 def attached(task: Task, model: Any, labels: Sequence[str]) -> set[str]:
-    """Put the task's own head on a model that was just loaded; the names of the parameters that came with it."""
-    stored = set(dict(model.named_parameters()))
+    """Put the task's own head on a model that was just loaded; the names of the tensors that came with it."""
+    stored = set(model.state_dict())
     task.attach(model, labels)
-    return set(dict(model.named_parameters())) - stored
+    return set(model.state_dict()) - stored
 
 
 def renamed(auto: Any, config: Any) -> dict[str, str] | None:
@@ -270,6 +271,8 @@ def fitted(tokenizer: Any, config: Any) -> Any:
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     if family_of(config).reads_end:  # in every row as often: an end token that is spelled in a text is none
         tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    if family_of(config).causal or getattr(config, "is_decoder", False):
+        tokenizer.init_kwargs[CAUSAL] = True
     start = getattr(config, "decoder_start_token_id", None)
     tokenizer.init_kwargs.pop(DECODER_START, None)  # of a model that it came with
     if start is not None and config.is_encoder_decoder:

@@ -166,7 +166,7 @@ class Dye:
         self.handles = [
             module.register_forward_hook(self._seen(name), with_kwargs=True)
             for name, module in anatomy.model.named_modules()
-            if module._parameters or isinstance(module, (Packed, FactorizedOutput))
+            if module._parameters or "weight" in module._buffers or isinstance(module, (Packed, FactorizedOutput))
         ]
 
     def pour_into_blocks(self) -> None:

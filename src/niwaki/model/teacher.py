@@ -273,6 +273,11 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
         theirs = artifact.task_of(card)
         if type(theirs) is not type(task):
             raise ConfigError(f"{field}={place!r}: does the task {theirs.name}, the student {task.name}")
+        if not task.reads_as(theirs):
+            raise ConfigError(
+                f"{field}={place!r}: its head reads texts in another form than the student's (task.head, pattern, "
+                "template and lengths tell it); use one that reads them alike"
+            )
         refuse_other_labels(place, card["labels"], labels, field)
     else:
         config = spec.config()

@@ -16,7 +16,8 @@ def text_of(batch: Mapping[str, Tensor], decoder: bool = False) -> Tensor:
     encoder; else both read the same."""
     mask = batch.get("decoder_attention_mask") if decoder else None
     mask = batch.get("attention_mask") if mask is None else mask
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    found = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return found.flatten(0, -2)  # where a row is several texts, a model reads each by itself
 
 
 def end_tokens(model: Any) -> Tensor:

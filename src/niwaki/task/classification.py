@@ -12,15 +12,15 @@ from torch import Tensor
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import DataError
-from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.headed import Headed
+from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, batched
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
-    """softmax(head(pooled text)); accuracy, macro F1 and Matthews correlation."""
+class Classification(Headed):
+    """softmax(head(text)); accuracy, macro F1, Matthews correlation and calibration error."""
 
     needs: ClassVar[Needs] = Needs(required=("text", "label"), optional=("text_pair",))
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "accuracy"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
 
@@ -28,17 +28,18 @@ class Classification(Task):
         labels = tuple(labels_of(dict(splits), "label"))
         if len(labels) < 2:
             raise DataError(f"data.train: has the one label {labels[0]!r}; a classification needs at least two")
+        self.chosen.check_labels(labels)
         return labels
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
-        encoded = self._tokenize(rows, tokenizer)
+        encoded = self.chosen.encode(rows, tokenizer, labels)
         if "label" in rows:
             index: dict[str | None, int] = {None: UNKNOWN, **{label: i for i, label in enumerate(labels)}}
             encoded["labels"] = [index[label] for label in rows["label"]]
         return encoded
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        batch = pad(features, tokenizer)
+        batch = super().collate(features, tokenizer)
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in features])
         return batch
@@ -53,31 +54,30 @@ class Classification(Task):
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in batched(rows):
-            encoded = self._tokenize({key: [row[key] for row in part] for key in part[0]}, tokenizer)
+            encoded = self.features_of(part, tokenizer, labels)
             features = [{key: values[i] for key, values in encoded.items()} for i in range(len(part))]
-            batch = {k: v.to(model.device) for k, v in pad(features, tokenizer).items()}
+            batch = {k: v.to(model.device) for k, v in super().collate(features, tokenizer).items()}
             for row, chances in zip(part, model(**self.inputs(batch)).logits.float().softmax(-1), strict=True):
                 best = int(chances.argmax())
                 spread = {label: round(float(p), 4) for label, p in zip(labels, chances, strict=True)}
                 yield {**row, "label": labels[best], "score": round(float(chances[best]), 4), "scores": spread}
 
-    def _tokenize(self, rows: Rows, tokenizer: Any) -> Rows:
-        pairs = (rows["text_pair"],) if "text_pair" in rows else ()
-        encoded = dict(tokenizer(rows["text"], *pairs, truncation=True, max_length=self.max_length))
-        encoded.pop("attention_mask", None)
-        if not pairs:
-            encoded.pop("token_type_ids", None)
-        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
-
 
 class ClassScores(Scores):
-    """accuracy, f1 (macro), mcc and mean loss, from torchmetrics."""
+    """accuracy, f1 (macro), mcc, ece and mean loss, from torchmetrics. ece: the expected calibration error, sum over 15
+    bins of |accuracy - confidence| weighed by their share of the rows (Guo et al. 2017, arXiv:1706.04599)."""
 
     def __init__(self, classes: int) -> None:
         from torchmetrics import MeanMetric, MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+        from torchmetrics.classification import (
+            MulticlassAccuracy,
+            MulticlassCalibrationError,
+            MulticlassF1Score,
+            MulticlassMatthewsCorrCoef,
+        )
 
         self._loss = MeanMetric()
+        self._calibration = MulticlassCalibrationError(classes, n_bins=15)
         self._metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(classes, average="micro"),
@@ -89,7 +89,9 @@ class ClassScores(Scores):
     def update(self, outputs: Any, batch: Batch) -> None:
         logits, labels = outputs.logits.float().cpu(), batch["labels"].cpu()
         self._metrics.update(logits.argmax(-1), labels)
+        self._calibration.update(logits.softmax(-1), labels)
         self._loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
 
     def compute(self) -> dict[str, float]:
-        return {**{name: float(v) for name, v in self._metrics.compute().items()}, "loss": float(self._loss.compute())}
+        found = {name: float(value) for name, value in self._metrics.compute().items()}
+        return {**found, "ece": float(self._calibration.compute()), "loss": float(self._loss.compute())}

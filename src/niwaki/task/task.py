@@ -20,7 +20,11 @@ from niwaki.model.text import end_tokens
 from niwaki.naming import option_name
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from niwaki.data.corpus import Corpus
     from niwaki.model.anatomy import Anatomy
+    from niwaki.recipe import Recipe
 
 STARTS = ("epochs", "lr", "batch_size")  # settings of a task that others take up
 IGNORED = -100  # the label of a position that does not count
@@ -108,6 +112,45 @@ class Task(abc.ABC):
     def attach(self, model: Any, labels: Sequence[str]) -> None:
         """Put the task's own head on a model that was just made, where transformers has none for it."""
         return None
+
+    def alike(self, other: Task) -> bool:
+        """Whether models of the other task have this one's head, of any labels."""
+        return type(other) is type(self)
+
+    def reads_as(self, other: Task) -> bool:
+        """Whether the other task makes the same of a text, so that its models can read this one's batches."""
+        return type(other) is type(self)
+
+    def modules(self) -> list[str]:
+        """The modules whose code decides what becomes of a text."""
+        return [kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Task)]
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        """The reason why this task cannot be part of such a run, or None."""
+        return None
+
+    def begin(self, model: Any, corpus: Corpus) -> None:
+        """Write what of the head is computed of a model that was just loaded, rather than learned; in its tokens."""
+        return None
+
+    @property
+    def refits(self) -> bool:
+        """Whether something of the head is computed anew by `refit`, before each validation and after the fit."""
+        return False
+
+    def refit(self, model: Any, corpus: Corpus) -> None:
+        """Compute what of the head depends on the training rows and on the model as it is now."""
+        return None
+
+    def epoch(self, features: Dataset) -> Dataset:
+        """The rows of one epoch of the fit, of those of the training split."""
+        return features
+
+    def company(
+        self, features: Sequence[dict[str, Any]], split: Dataset, drawing: tuple[int, int]
+    ) -> list[dict[str, Any]]:
+        """Rows of the training split that stand in a batch of the fit behind its own, drawn as in `draw`."""
+        return []
 
     def check_config(self, config: Any) -> None:
         """Raise ConfigError for a Hugging Face config whose models cannot do this task."""
