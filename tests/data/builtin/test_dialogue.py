@@ -32,13 +32,13 @@ def test_a_guest_begins_and_has_the_last_turn() -> None:
 
 
 def test_what_was_said_before_the_last_turn_counts() -> None:
-    """Share of right responses: the most frequent one 0.22, the best one to each last turn known by heart 0.6."""
+    """Share of right responses: the most frequent one 0.19, the best one to each last turn known by heart 0.52."""
     rows = rows_of(ErrandTalks())
     assert Counter(row["response"] for row in rows).most_common(1)[0][1] / len(rows) < 0.3
     by_last = defaultdict(Counter)
     for row in rows:
         by_last[row["history"][-1]][row["response"]] += 1
-    assert sum(max(counts.values()) for counts in by_last.values()) / len(rows) < 0.75
+    assert sum(max(counts.values()) for counts in by_last.values()) / len(rows) < 0.6
     final = by_last["Yes, that is right."] + by_last["No, that is all."]
     assert len(final) > 200
 

@@ -57,7 +57,7 @@ def test_references_say_every_field_and_no_other() -> None:
 
 
 def test_copying_and_a_fixed_sentence_are_far_off() -> None:
-    """BLEU with all references: the table as it is 4, chrF 41; a reference of the same table left out 56 BLEU."""
+    """BLEU with all references: the table as it is 2 (chrF 48), one fixed text 22, a reference by the other two 67."""
     rows = [row for row in rows_of(PlacesToEat()) if row["target"] == row["references"][0]]
     references = [[row["references"][n] for row in rows] for n in range(3)]
     sources = [row["source"] for row in rows]

@@ -1,0 +1,60 @@
+"""Dialogue: the last turns stay, turns are told apart, and diversity is counted as in the paper."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from written import batch_of, features, tiny
+
+from niwaki.task.dialogue import Dialogue, distinct, last_turns
+
+TALK = {"history": [["aa", "bb", "cc"], ["hello"]], "response": ["dd", "hi there"]}
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "llama"])
+def test_turns_are_joined_by_the_separator_token(family: str) -> None:
+    task = Dialogue(max_length=32, max_target_length=8)
+    _, tokenizer = tiny(family, task)
+    tokens = tokenizer.convert_ids_to_tokens(features(task, tokenizer, TALK)[0]["input_ids"])
+    assert tokens == ["[CLS]", "a", "##a", "[SEP]", "b", "##b", "[SEP]", "c", "##c", "[SEP]"]
+
+
+def test_the_oldest_turns_go_first_and_whole() -> None:
+    talk = [[1, 1], [2, 2], [3, 3]]
+    assert last_turns(talk, [9], 8) == [1, 1, 9, 2, 2, 9, 3, 3]
+    assert last_turns(talk, [9], 7) == last_turns(talk, [9], 5) == [2, 2, 9, 3, 3]
+    assert last_turns(talk, [9], 4) == [3, 3]
+    assert last_turns(talk, [9], 1) == [3]
+    assert last_turns([[1], [2, 2, 2, 2], [3]], [9], 4) == [3]  # no turn is left out between two that stay
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_a_talk_that_is_too_long_keeps_its_edges(family: str) -> None:
+    task = Dialogue(max_length=6, max_target_length=8, separator="|")
+    _, tokenizer = tiny(family, task)
+    row = features(task, tokenizer, TALK)[0]
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert tokens == (["[CLS]", "c", "##c", "[SEP]"] if family == "bart" else ["[CLS]", "c", "##c", "|"])
+
+
+def test_distinct_by_hand() -> None:
+    """5 words in all; 3 of them distinct; pairs: (i, am), (am, i), (i, am): 2 distinct."""
+    texts = ["i am i am", "ok"]
+    assert distinct(texts, 1) == pytest.approx(3 / 5)
+    assert distinct(texts, 2) == pytest.approx(2 / 5)
+    assert distinct([""], 1) == 0.0
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_scores(family: str) -> None:
+    task = Dialogue(max_length=32, max_target_length=16)
+    model, tokenizer = tiny(family, task)
+    scores = task.scores((), tokenizer)
+    task.score(scores, model, batch_of(task, tokenizer, TALK))
+    found = scores.compute()
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert {"bleu", "distinct1", "distinct2"} < set(found)
+    assert "version:" in scores.report()["signatures"]["bleu"]
+    answered = list(task.answers(model, tokenizer, (), [{"history": talk} for talk in TALK["history"]]))
+    assert [set(row) for row in answered] == [{"history", "generated"}] * 2

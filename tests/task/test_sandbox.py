@@ -1,0 +1,206 @@
+"""Each test is an attack, or what an honest program may need."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from niwaki.errors import ConfigError
+from niwaki.task import sandbox
+from niwaki.task.sandbox import Limits, Outcome, run
+
+QUICK = Limits(seconds=2.0)
+RIGHT = "def double(x):\n    return 2 * x\n"
+TESTS = "assert double(2) == 4\n"
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path: Path) -> None:
+    assert not (tmp_path / "evil").exists()
+
+
+def fails(solution: str, reason: str, limits: Limits = QUICK) -> None:
+    """The attack fails its sample for this reason, and the next sample runs as ever."""
+    outcome = run(solution, TESTS, limits)
+    assert not outcome.passed
+    assert reason in outcome.reason
+    assert run(RIGHT, TESTS, QUICK) == Outcome(True)
+
+
+def test_right_passes_and_wrong_does_not() -> None:
+    assert run(RIGHT, TESTS) == Outcome(True)
+    assert run(RIGHT, "assert double(2) == 5") == Outcome(False, "AssertionError")
+    assert run("def double(x)", TESTS).reason.startswith("SyntaxError")
+
+
+def test_what_solutions_use_works() -> None:
+    imports = (
+        "import array, bisect, collections, copy, csv, dataclasses, datetime, decimal, enum, fractions, functools, hashlib, "
+        "heapq, itertools, json, math, operator, random, re, statistics, string, sys, threading, time, typing, zoneinfo\n"
+        "found = []\none = threading.Thread(target=found.append, args=(4,))\none.start()\none.join()\n"
+        "open('own', 'w').write('4')\n@dataclasses.dataclass\nclass A:\n    x: int = 4\n"
+    )
+    assert run(imports, "assert found == [4] and open('own').read() == '4' and A().x == 4") == Outcome(True)
+
+
+def test_sets_have_one_order() -> None:
+    """So that a sample passes in each run or in none."""
+    order = run("", "raise ValueError(list({'a', 'b', 'c', 'd', 'e', 'f'}))").reason
+    assert order.startswith("ValueError")
+    assert run("", "raise ValueError(list({'a', 'b', 'c', 'd', 'e', 'f'}))").reason == order
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "import sys\nsys.exit(0)",
+        "raise SystemExit",
+        "import os\nos._exit(0)",
+        "import os\nos.abort()",
+        "import ctypes\nctypes.string_at(0)",
+        "import sys\nsys.setrecursionlimit(10**9)\nf = lambda: f()\nf()",
+        "exit()",
+        "import os\n[os.close(fd) for fd in range(3, 32)]",
+        "import os\n[os.write(fd, b'RP' + b'0' * 32) for fd in range(3, 32) if not os.fstat(fd)]",
+        "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\nbuiltins.AssertionError = ValueError",
+    ],
+)
+def test_to_end_early_is_not_to_pass(attack: str) -> None:
+    outcome = run(attack, TESTS, QUICK)
+    assert not outcome.passed
+
+
+def test_tests_cannot_be_swallowed() -> None:
+    """By a text that is not closed, by a branch, by a tracer that steps over them."""
+    for attack in ('text = """', "if False:\n    pass\n    "):
+        assert not run(attack, '"""\n' + TESTS, QUICK).passed
+        assert not run(attack, "    " + TESTS, QUICK).passed
+    tracer = (
+        "import sys\ndef jump(frame, event, value):\n"
+        "    if frame.f_code.co_filename == 'tests' and event == 'line' and frame.f_lineno == 1:\n"
+        "        frame.f_lineno = 2\n    return jump\nsys.settrace(jump)\n"
+    )
+    assert run(tracer, "assert False\nx = 1\n", QUICK) == Outcome(False, "AssertionError")
+
+
+def test_a_forged_report_is_none() -> None:
+    forged = "import os\nfor fd in range(3, 32):\n    try:\n        os.write(fd, b'P' + b'0' * 32)\n    except OSError:\n        pass\n"
+    assert not run(forged + RIGHT, TESTS, QUICK).passed
+
+
+def test_loops_are_stopped() -> None:
+    begin = time.monotonic()
+    fails("while True:\n    pass", "ran longer than 1 s", Limits(seconds=1.0))
+    fails("import time\ntime.sleep(60)", "ran longer than 1 s", Limits(seconds=1.0))
+    fails("try:\n    while True: pass\nexcept BaseException:\n    pass", "ran longer than 1 s", Limits(seconds=1.0))
+    assert time.monotonic() - begin < 30
+
+
+def test_memory_is_bounded() -> None:
+    fails("x = bytearray(10**10)", "MemoryError")
+    fails("x = []\nwhile True:\n    x.append(bytearray(10**7))", "MemoryError")
+
+
+def test_no_process_is_started() -> None:
+    for attack in (
+        "import os\nos.fork()", "import os\nwhile True:\n    os.fork()", "import subprocess\nsubprocess.run(['true'])",
+        "import os\nos.execv('/bin/true', ['true'])", "import os\nos.posix_spawn('/bin/true', ['true'], {})",
+        "import multiprocessing as m\nm.get_context('fork').Process(target=print).start()",
+    ):  # fmt: skip
+        fails(attack, "PermissionError")
+    assert run("import os", "assert os.system('true') != 0") == Outcome(True)
+
+
+def test_there_is_no_network() -> None:
+    fails("import socket\nsocket.socket()", "PermissionError")
+    fails("import socket\nsocket.socketpair()", "PermissionError")
+    fails("import urllib.request as u\nu.urlopen('http://127.0.0.1:1')", "Error")
+
+
+def test_nobody_is_signalled(tmp_path: Path) -> None:
+    for attack in (
+        "import os\nos.kill(os.getppid(), 9)", "import os\nos.kill(-1, 9)", "import os\nos.killpg(os.getpgid(os.getppid()), 9)",
+        f"import os\nos.kill({os.getpid()}, 15)",
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())",
+        "import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
+        f"assert library.ptrace(16, {os.getpid()}, 0, 0) == 0, ctypes.get_errno()",
+    ):  # fmt: skip
+        assert not run(attack, TESTS, QUICK).passed
+    assert run(RIGHT, TESTS, QUICK) == Outcome(True)
+
+
+def test_files_of_others_are_neither_read_nor_written(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for attack in (
+        f"open({str(victim)!r})", f"open({str(victim)!r}, 'w')", f"open({str(tmp_path / 'evil')!r}, 'w')",
+        f"import os\nos.remove({str(victim)!r})", f"import os\nos.rename({str(victim)!r}, 'own')",
+        f"import os\nos.link({str(victim)!r}, 'own')", f"import os\nos.truncate({str(victim)!r}, 0)",
+        f"import os\nos.chmod({str(victim)!r}, 0o777)", f"import os\nos.utime({str(victim)!r})",
+        f"import os\nos.symlink({str(victim)!r}, 'own')\nopen('own', 'w')", "import os\nos.mkdir('deep')",
+        f"import os\nos.listdir({str(tmp_path)!r})", f"import shutil\nshutil.rmtree({str(tmp_path)!r})",
+        "open('/proc/self/mem', 'w')", "open('/etc/passwd')", "import os\nos.chroot('.')", "import os\nos.mkfifo('pipe')",
+    ):  # fmt: skip
+        fails(attack, "PermissionError")
+    assert victim.read_text() == "mine"
+    assert victim.stat().st_mode & 0o777 != 0o777
+    assert list(tmp_path.iterdir()) == [victim]
+
+
+def test_the_disk_is_not_filled() -> None:
+    fails("with open('big', 'w') as file:\n    while True:\n        file.write('x' * 10**6)", "File too large")
+    fails("for i in range(10**9):\n    open(str(i), 'w').write('x' * 10**5)", "wrote more than 8 MiB")
+    fails("x = [open(str(i), 'w') for i in range(1000)]", "Too many open files")
+
+
+def test_output_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    fails("while True:\n    print('x' * 10**6)", "ran longer than 1 s", Limits(seconds=1.0))
+    assert run("import sys\nprint('x' * 10**7)\nprint('y', file=sys.stderr)\n" + RIGHT, TESTS, QUICK) == Outcome(True)
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
+    fails("raise ValueError('x' * 10**7)", "ValueError: xxx")
+    fails("import os\nwhile True:\n    for fd in range(3, 32):\n        try: os.write(fd, b'x' * 4096)\n        except OSError: pass",
+          "said too much")  # fmt: skip
+
+
+def test_there_is_no_input() -> None:
+    fails("input()", "EOFError")
+    fails("import sys\nassert sys.stdin.read()", "AssertionError")
+
+
+def test_limits_cannot_be_lifted() -> None:
+    fails("import resource as r\nr.setrlimit(r.RLIMIT_FSIZE, (r.RLIM_INFINITY,) * 2)", "Error")
+    fails("import ctypes\nassert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0", "AssertionError")
+
+
+def test_threads_do_not_outlive() -> None:
+    lasting = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
+    begin, before = time.monotonic(), threading.active_count()
+    assert run(lasting + RIGHT, TESTS, QUICK) == Outcome(True)
+    assert time.monotonic() - begin < 10
+    assert threading.active_count() == before
+
+
+def test_an_error_that_hurts_to_read() -> None:
+    fails("class Evil(Exception):\n    def __str__(self):\n        raise KeyboardInterrupt\nraise Evil", "Evil")
+
+
+def test_many_at_once_are_in_order_and_leave_no_pipe() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    programs = [(RIGHT, f"assert double(2) == {number}") for number in range(3, 9)] * 2
+    assert [one.passed for one in sandbox.run_all(programs, QUICK)] == [False, True, False, False, False, False] * 2
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_isolation_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "sandboxed.py"
+    source = sandbox.CHILD.read_text().replace('called(library, "prctl", 22, 2', 'called(library, "prctl", 22, 99')
+    broken.write_text(source)
+    monkeypatch.setattr(sandbox, "CHILD", broken)
+    with pytest.raises(ConfigError, match="task.unsafe=false: this machine cannot isolate a process"):
+        run(RIGHT, TESTS)
+    assert run(RIGHT, TESTS, isolated=False) == Outcome(True)
