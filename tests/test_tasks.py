@@ -1,5 +1,5 @@
 """Every task on the data and the model that it runs on unless told otherwise: with each kind of tuning and compression
-it works, from the first row to an answer of the artifact that a person can read; or a rule refuses it before the fit."""
+it works, from the first row to an answer of the artifact that can be read; or a rule refuses it before the fit."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ SMALL = {  # so that rows stay short; else max_length=48
     "table_to_text": ["task.max_length=64", "task.max_target_length=8"],
     "translation": ["task.max_length=48", "task.max_target_length=8"],
     "causal_lm": ["task.max_length=48", "task.max_new_tokens=4"],
+    "relation": ["task.max_length=128"],
 }
 MANY_LABELS = ("classification", "relation", "multi_label", "ner")  # of which each split has to hold some
 GAPS = {"masked_lm": "a [MASK] tree", "span_corruption": "a <extra_id_0> tree"}
@@ -45,8 +46,9 @@ def settings_of(task: str, tuning: str, compression: str | None, teacher: Path |
         chosen.append(f"compression.logits.teacher={teacher}")
     if compose.compose([f"task={task}"]).config["model"]["name"].startswith("package:"):
         chosen.append("model=tiny-bert")  # the same kind of model, and quick
+    limit = f"data.limit={40 if task in MANY_LABELS else 8}"
     return [
-        *chosen, f"data.limit={40 if task in MANY_LABELS else 8}", "data.batch_size=4", "data.eval_batch_size=8", "trainer.max_epochs=1",
+        *chosen, limit, "data.batch_size=4", "data.eval_batch_size=8", "trainer.max_epochs=1",
         "trainer.max_steps=2", "trainer.precision=fp32", "trainer.limit_validation_batches=1", "optimizer.lr=1e-3",
         "measure=scores", "logger=none", "callbacks=[]",
     ]  # fmt: skip

@@ -63,7 +63,7 @@ class Scratch(Tiny):
             tokenizer_object=self.learned[0], pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
             sep_token="[SEP]", mask_token="[MASK]", bos_token="[CLS]", eos_token="[SEP]",
             model_max_length=self.positions, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-            **({"additional_special_tokens": SENTINELS} if self.name == "t5" else {}),
+            **({"extra_special_tokens": SENTINELS} if self.name == "t5" else {}),
         )  # fmt: skip
         return fitted(plain, self.config())
 
