@@ -111,7 +111,7 @@ def test_what_was_written_is_read_by_sentinel() -> None:
 def test_models_and_tokenizers_that_cannot_are_refused() -> None:
     with pytest.raises(ConfigError, match="llama is one of the two"):
         SpanCorruption().check_config(Tiny(name="llama").config())
-    with pytest.raises(ConfigError, match="has 0 sentinels <extra_id_..>, and a block needs 9"):
+    with pytest.raises(ConfigError, match="has 0 sentinels <extra_id_..>, and a block needs 8"):
         features(SpanCorruption(), Tiny(name="bart").tokenizer(), ROWS)
     assert edges(Tiny(name="t5").tokenizer()) == ([2], [3])
     for settings, message in (

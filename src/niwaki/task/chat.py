@@ -96,7 +96,8 @@ def tokens_of(
 
 def encoded(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a piece, the special ones that the template spells among them."""
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    spelled = {"add_special_tokens": False, "split_special_tokens": False}
+    found: list[int] = tokenizer(text, verbose=False, **spelled)["input_ids"]
     return found
 
 

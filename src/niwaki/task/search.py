@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from niwaki.task.text_to_text import TextToText
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # tokens (texts, tokens), scores (texts, classes) -> scores
+Change = Callable[[Sequence[int], int], Processor]  # numbers of rows, tokens before the first that is written
 OF_DRAWS = ("temperature", "top_k", "top_p")
 OF_ANY = ("min_target_length", "length_penalty", "no_repeat_ngram_size", "repetition_penalty")
 REPEATS = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}  # by transformers' names, with what leaves them off
@@ -25,12 +26,11 @@ REPEATS = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}  # by transform
 class Search:
     """The settings of one search, and what changes the scores of each row on its way: a constraint, a draw.
 
-    `processors`: (numbers of the rows, tokens before the first that is written) -> a change of scores; it is called
-    for as many texts a row as there are beams.
+    `processors` are called for as many texts a row as there are beams.
     """
 
     settings: Mapping[str, Any]
-    processors: Sequence[Callable[[Sequence[int], int], Processor]] = field(default=())
+    processors: Sequence[Change] = ()
 
     def of(self, rows: Sequence[int], begin: int) -> dict[str, Any]:
         """What generate takes to write these rows of a batch."""
@@ -90,7 +90,7 @@ def settings_of(task: TextToText, num_beams: int) -> dict[str, Any]:
     return plain | {name: value for name, value in asked.items() if value is not None}
 
 
-def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0) -> Callable[[Sequence[int], int], Processor]:
+def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0) -> Change:
     """A change of scores after which the likeliest token is one that was drawn (the Gumbel-max trick: argmax of log p +
     noise has the distribution p). The noise of a row comes from the task's seed, its source and `number` alone, so
     neither the batch nor the order of rows makes a difference."""

@@ -142,7 +142,9 @@ class SpanCorruption(Task):
     ) -> Iterator[dict[str, Any]]:
         end, known = end_of(tokenizer), sentinels_of(tokenizer, 1)
         for part in batched(rows):
-            texts = tokenizer([row["text"] for row in part], add_special_tokens=False, verbose=False)["input_ids"]
+            texts = tokenizer(
+                [row["text"] for row in part], add_special_tokens=False, split_special_tokens=False, verbose=False
+            )["input_ids"]
             for row, ids in zip(part, texts, strict=True):
                 if not set(known) & set(ids):
                     raise DataError(
