@@ -45,7 +45,9 @@ def test_an_answer_is_one_of_the_choices(family: str, way: dict[str, Any]) -> No
 
 def test_the_likeliest_choice_is_taken() -> None:
     """By beams as wide as the list: the choice with the largest sum of log p."""
-    task = TableToText(max_length=64, max_target_length=16, choices=["one", "ten", "tea"], num_beams=6, length_penalty=0.0)
+    task = TableToText(
+        max_length=64, max_target_length=16, choices=["one", "ten", "tea"], num_beams=6, length_penalty=0.0
+    )
     model, tokenizer = tiny("llama", task, scale=3.0)
     batch = batch_of(task, tokenizer, {**ROWS, "references": [["x"]] * 3})
     best = []
@@ -70,7 +72,8 @@ def test_values_occur(family: str, way: dict[str, Any]) -> None:
             assert len(tokens) <= 24
             for value in values:
                 assert holds(tuple(tokens), tuple(tokenizer(value, add_special_tokens=False)["input_ids"])), value
-        for row, values in zip(task.answers(model, tokenizer, (), ASKED), (["blue spice", "cafe rouge"], ["aromi"], ["ab"]), strict=True):  # fmt: skip
+        answers = task.answers(model, tokenizer, (), ASKED)
+        for row, values in zip(answers, (["blue spice", "cafe rouge"], ["aromi"], ["ab"]), strict=True):
             assert all(value in row["generated"] for value in values)
 
 
@@ -113,5 +116,5 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(DataError, match=r"Blue Spice are 9 tokens, and task.max_target_length=8"):
         features(task, tokenizer, ROWS)
     long = TableToText(max_target_length=4, choices=["abcdefgh"])
-    with pytest.raises(ConfigError, match="'abcdefgh' is longer than task.max_target_length=4"):
+    with pytest.raises(ConfigError, match=r"'abcdefgh' is longer than task.max_target_length=4"):
         batch_of(long, tokenizer, ROWS)

@@ -22,7 +22,8 @@ TALK = [
 ]
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '[CLS]system[MASK]be good[SEP]\\n' }}{% endif %}"
-    "{% for message in messages %}{{ '[CLS]' + message['role'] + '[MASK]' + message['content'] + '[SEP]\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '[CLS]' + message['role'] + '[MASK]' + message['content'] + '[SEP]\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[CLS]assistant[MASK]' }}{% endif %}"
 )
 NO_END = (
@@ -32,7 +33,8 @@ NO_END = (
 # As some models that reason do: an answer is written otherwise once a question follows it.
 FORGETFUL = (
     "{% for message in messages %}{{ message['role'] + '>' }}"
-    "{{ '(thought)' if message['role'] == 'assistant' and loop.last else '' }}{{ message['content'] + '[SEP]' }}{% endfor %}"
+    "{{ '(thought)' if message['role'] == 'assistant' and loop.last else '' }}"
+    "{{ message['content'] + '[SEP]' }}{% endfor %}"
     "{{ 'assistant>' if add_generation_prompt else '' }}"
 )
 
@@ -174,5 +176,5 @@ def test_scores_and_predict(family: str) -> None:
 
 
 def test_what_has_no_effect_is_refused() -> None:
-    with pytest.raises(ConfigError, match="task.prefix='a: ': the chat template says what stands around a turn"):
+    with pytest.raises(ConfigError, match=r"task.prefix='a: ': the chat template says what stands around a turn"):
         Instruction(prefix="a: ")

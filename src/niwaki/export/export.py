@@ -53,8 +53,8 @@ class Export(abc.ABC):
             raise ConfigError(f"export={self.name}: needs {missing[0]}; pip install 'niwaki[{self.extra}]'")
         if task.name not in self.tasks and not (self.texts and task.writes):
             raise ConfigError(
-                f"export={self.name}: task={task.name} writes texts by a decoder with a cache, for which this format has "
-                "no graphs; export=onnx and export=hf can"
+                f"export={self.name}: task={task.name} writes texts by a decoder with a cache, for which this format "
+                "has no graphs; export=onnx and export=hf can"
                 if task.writes
                 else f"export={self.name}: needs a task of {', '.join(self.tasks)}, and this is {task.name}"
             )

@@ -88,8 +88,8 @@ def holds(text: Tokens, part: Tokens) -> bool:
 
 
 def next_tokens(text: Tokens, wanted: Sequence[Tokens]) -> set[int]:
-    """What brings a text nearer to one of the `wanted` parts: the token behind the longest beginning of one with which the
-    text ends, so that one which was begun is finished."""
+    """What brings a text nearer to one of the `wanted` parts: the token behind the longest beginning of one with which
+    the text ends, so that one which was begun is finished."""
     for length in range(max(map(len, wanted)) - 1, -1, -1):
         tail = text[len(text) - length :] if length <= len(text) else None
         found = {one[length] for one in wanted if len(one) > length and one[:length] == tail}

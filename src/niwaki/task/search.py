@@ -56,13 +56,16 @@ def check(task: TextToText) -> None:
         _check(task, name, getattr(task, name) is None or getattr(task, name) > 0, "null or a number above 0")
     _check(task, "top_p", task.top_p is None or 0 < task.top_p <= 1, "null or a number above 0, up to 1")
     _check(
-        task, "min_target_length", task.min_target_length is None or 1 <= task.min_target_length < task.max_target_length,
+        task, "min_target_length",
+        task.min_target_length is None or 1 <= task.min_target_length < task.max_target_length,
         f"null or a whole number from 1, below task.max_target_length={task.max_target_length}",
     )  # fmt: skip
     unread = [name for name in OF_DRAWS if getattr(task, name) is not None]
     if unread and not task.do_sample:
         name = unread[0]
-        raise ConfigError(f"task.{name}={getattr(task, name)}: is read where texts are drawn; needs task.do_sample=true")
+        raise ConfigError(
+            f"task.{name}={getattr(task, name)}: is read where texts are drawn; needs task.do_sample=true"
+        )
     if task.do_sample and task.num_beams > 1:
         raise ConfigError(f"task.num_beams={task.num_beams}: texts are searched or drawn; needs 1 with do_sample=true")
     if task.length_penalty is not None and task.num_beams == 1:

@@ -172,8 +172,9 @@ def sentinels_of(tokenizer: Any, least: int) -> list[int]:
         found.append(vocabulary[token])
     if len(found) < least:
         raise ConfigError(
-            f"task=span_corruption: the tokenizer of {tokenizer.name_or_path or 'the model'!r} has {len(found)} sentinels "
-            f"<extra_id_..>, and a block needs {least}; needs a model such as T5, which has 100, or a lower task.max_length"
+            f"task=span_corruption: the tokenizer of {tokenizer.name_or_path or 'the model'!r} has {len(found)} "
+            f"sentinels <extra_id_..>, and a block needs {least}; needs a model such as T5, which has 100, or a lower "
+            "task.max_length"
         )
     return found
 

@@ -1,5 +1,5 @@
-"""Table to text: fields and values as sentences (Novikova et al. 2017, arXiv:1706.09254), steered by a prefix (Keskar et
-al. 2019, arXiv:1909.05858) or held to words and answers (Hokamp & Liu 2017, arXiv:1704.07138)."""
+"""Table to text: fields and values as sentences (Novikova et al. 2017, arXiv:1706.09254), steered by a prefix (Keskar
+et al. 2019, arXiv:1909.05858) or held to words and answers (Hokamp & Liu 2017, arXiv:1704.07138)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from niwaki.task.search import Change, Search
 from niwaki.task.task import IGNORED, Batch, Rows, Scores
 from niwaki.task.text_to_text import TextScores, TextToText, references_of, texts_of
 
-
 FIELD = re.compile(r"([^\[\],]+)\[([^\]]*)\]")  # name[value], as E2E writes a field
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableToText(TextToText):
-    """BLEU, which is the score to watch, and ROUGE-L. Rows of one source (and one attribute) are one table: it is written
-    once, and compared to the targets of them all. `prefix` may name a column: "{attribute}: " has one table written in
+    """BLEU, which is the score to watch, and ROUGE-L. Rows of one source (and one attribute) are one table: it is
+    written once, and compared to the targets of them all. `prefix` may name a column: "{attribute}: " has one table written in
     several ways.
 
-    `must_contain`: fields whose values, as the source has them in field[value], have to occur in the text. `choices`: the
-    only texts that may be written. Both hold whatever else is asked of the search, and of draws.
+    `must_contain`: fields whose values, as the source has them in field[value], have to occur in the text. `choices`:
+    the only texts that may be written. Both hold whatever else is asked of the search, and of draws.
     """
 
     needs: ClassVar[Needs] = Needs(required=("source", "target"), optional=("references", "attribute"))
@@ -69,7 +68,8 @@ class TableToText(TextToText):
         fields = {name.strip(): value.strip() for name, value in FIELD.findall(source)}
         wanted = dict.fromkeys(fields[name] for name in self.must_contain if fields.get(name))
         spelled = [
-            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {value}", value)] for value in wanted
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {value}", value)]
+            for value in wanted
         ]
         takes = sum(max(map(len, value)) for value in spelled) + 1
         if takes > self.max_target_length:

@@ -180,7 +180,7 @@ class TextToText(Task):
         return Search(search.settings_of(self, num_beams), changes)
 
     def answered(self, model: Any, batch: Batch, number: int = 0) -> Tensor:
-        """What a model writes in answer to a batch, searched or drawn as the task says; each `number` is another draw."""
+        """What a model writes in answer to a batch, searched or drawn as the task says; each `number` draws anew."""
         if not self.do_sample:
             return self.write(model, batch, num_beams=self.num_beams)
         layout = layout_of(batch)
@@ -254,7 +254,7 @@ class TextScores(LikelihoodScores):
         self.references += references_of(references)
 
     @property
-    def streams(self) -> list[list[str | None]]:
-        """The references as sacrebleu takes them: the first of every row, the second, ...; None where a row has fewer."""
+    def streams(self) -> list[Any]:
+        """The references as sacrebleu takes them: the first of every row, the second, ...; None where one has fewer."""
         most = max(map(len, self.references))
         return [[one[i] if i < len(one) else None for one in self.references] for i in range(most)]
