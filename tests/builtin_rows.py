@@ -24,7 +24,9 @@ def digest(splits: dict[str, Rows]) -> str:
     return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_generated(source: Generated, columns: set[str], expected: str, given: Callable[[dict[str, Any]], Any]) -> None:
+def check_generated(
+    source: Generated, columns: set[str], expected: str, given: Callable[[dict[str, Any]], Any]
+) -> None:
     """Columns, sizes, the pinned digest, the same rows again, no text in two splits, more rows with the same first ones.
 
     `given`: what must not be in two splits.

@@ -25,7 +25,12 @@ from niwaki.stage import Context, Effects  # noqa: E402
 from niwaki.task.causal_lm import CausalLM  # noqa: E402
 from niwaki.task.classification import Classification  # noqa: E402
 from niwaki.task.masked_lm import MaskedLM  # noqa: E402
+from niwaki.task.multi_label import MultiLabel  # noqa: E402
+from niwaki.task.multiple_choice import MultipleChoice  # noqa: E402
 from niwaki.task.ner import NER  # noqa: E402
+from niwaki.task.question_answering import QuestionAnswering  # noqa: E402
+from niwaki.task.regression import Regression  # noqa: E402
+from niwaki.task.relation import Relation  # noqa: E402
 from niwaki.task.translation import Translation  # noqa: E402
 
 TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
@@ -51,6 +56,36 @@ TASKS: dict[str, tuple[Any, tuple[str, ...], dict[str, list[Any]]]] = {
         {"source": ["one", "twenty two", "three hundred"], "target": ["1", "22", "300"]},
     ),
     "masked_lm": (MaskedLM(max_length=16), (), {"text": ["a tree in the garden", "cut with care, and wait"]}),
+    "multi_label": (
+        MultiLabel(), ("cold", "loud", "new"),
+        {"text": ["a pine", "wire", "the wall"], "labels": [["loud", "cold"], [], ["new"]]},
+    ),
+    "regression": (
+        Regression(), (),
+        {"text": ["a pine", "wire", "no"], "text_pair": ["the pine", "a wall", "no"], "label": [4.0, 0.5, 5.0]},
+    ),
+    "relation": (
+        Relation(), ("Other", "Part(e1,e2)", "Part(e2,e1)"),
+        {
+            "text": ["<e1>bark</e1> of a <e2>pine</e2>", "a <e2>pot</e2> of <e1>soil</e1>.", "<e1>x</e1> <e2>y</e2>"],
+            "label": ["Part(e1,e2)", "Part(e2,e1)", "Other"],
+        },
+    ),
+    "multiple_choice": (
+        MultipleChoice(), (),
+        {
+            "question": ["what is cut?", "where?"], "choices": [["a pine", "a song", "rain"], ["here", "at night"]],
+            "label": [0, 0],
+        },
+    ),
+    "question_answering": (
+        QuestionAnswering(max_length=32, stride=8, max_answer_length=12, best=5), (),
+        {
+            "context": ["ada cut the old pine in may. bob held it.", "eve ran."],
+            "question": ["who cut?", "who sang?"],
+            "answers": [{"text": ["ada"], "answer_start": [0]}, {"text": [], "answer_start": []}],
+        },
+    ),
 }  # fmt: skip
 
 
@@ -94,7 +129,8 @@ class Setting:
         anatomy = Anatomy.of(self.model)
         return Context(
             anatomy=anatomy, targets=anatomy.linears(), steps=steps, seed=0,
-            head_learns=self.task.head_learns, predictions=self.task.predictions, load_teacher=load_teacher,
+            head_learns=self.task.head_learns, predictions=self.task.predictions, owners=self.task.owners,
+            load_teacher=load_teacher,
             token_ids=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             calibration=lambda count: [self.batch()], training=lambda: [self.numbered()],
             training_key=lambda: repr(self.rows), read_by=lambda _: lambda numbers: self.batch(),

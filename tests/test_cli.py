@@ -277,6 +277,28 @@ def test_predict_writes_on(niwaki, writer):
     assert set(answer) == {"text", "generated"}
 
 
+def test_predict_takes_rows_by_their_columns(niwaki, refused, run):
+    text = "a pine in a pot 0"
+    expected = niwaki("predict", run, text)
+    row = json.dumps({"text": text, "label": "unread"})
+    assert niwaki("predict", run, row) == niwaki("predict", run, stdin=row + "\n") == expected
+    assert refused("predict", run, text, '{"texts": "a"}') == """argument 2: has no 'text'; give {"text": "..."}"""
+
+
+def test_predict_takes_pairs_and_says_what_is_missing(niwaki, refused, tmp_path, capsys):
+    rows = [{**row, "text_pair": "no" if row["label"] == "fish" else "yes"} for row in ROWS]
+    pairs = train(tmp_path, rows)
+    capsys.readouterr()
+    file = write(tmp_path / "pairs.jsonl", rows[:3])
+    by_file = lines(niwaki("predict", pairs, "--file", file)[1])
+    assert by_file == lines(niwaki("predict", pairs, *map(json.dumps, rows[:3]))[1])
+    assert [answer["text_pair"] for answer in by_file] == [row["text_pair"] for row in rows[:3]]
+    said = refused("predict", pairs, "a pine")
+    assert said.startswith("text 'a pine': has no text_pair, which the artifact was trained on; give {")
+    assert """{"text": "...", "text_pair": "..."}""" in said
+    assert json.loads(niwaki("evaluate", pairs, file)[1])["rows"] == 3
+
+
 def test_predict_refuses_what_it_cannot_answer(refused, run, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("a\n\nb\n")

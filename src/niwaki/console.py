@@ -41,7 +41,7 @@ class Console:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         rows = ", ".join(f"{len(split):,} {name}" for name, split in corpus.features.items())
         without = f", {corpus.unlabelled:,} of the train rows without a label" if corpus.unlabelled else ""
-        unit = "blocks" if recipe.task.whole else "rows"
+        unit = recipe.task.unit
         classes = f", {len(corpus.labels)} labels" if corpus.labels else ""
         for step, what in recipe.plan():
             table.add_row(f"[bold]{step}[/bold]", what)

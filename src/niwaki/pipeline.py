@@ -113,6 +113,7 @@ def judge(recipe: Recipe) -> tuple[Corpus, Anatomy]:
 
 def read(recipe: Recipe) -> Corpus:
     """The data, in the tokens that the shaped model will read."""
+    recipe.model.learn(recipe.data, recipe.task.needs, recipe.seed)
     corpus = Corpus.read(recipe.task, recipe.data, recipe.model.tokenizer(), recipe.seed)
     for stage in recipe.stages:
         if isinstance(stage, Trims):
@@ -196,6 +197,7 @@ def context_of(recipe: Recipe, corpus: Corpus, model: nn.Module) -> Context:
         seed=recipe.seed,
         head_learns=recipe.task.head_learns or getattr(model, "head_is_new", False),
         predictions=recipe.task.predictions,
+        owners=recipe.task.owners,
         load_teacher=Teachers(recipe.stages, recipe.task, corpus.labels, vocabulary, uncut(corpus)),
         token_ids=lambda text: corpus.tokenizer(text, add_special_tokens=False)["input_ids"],
         calibration=corpus.calibration,

@@ -63,6 +63,7 @@ class Context:
     seed: int
     head_learns: bool  # the head is new, so every tuning trains it
     predictions: Callable[[Any, Mapping[str, Tensor]], Tensor]  # (outputs, batch) -> (positions, classes) logits
+    owners: Callable[[Any, Mapping[str, Tensor]], Tensor]  # the same -> (positions,) the row that each is of
     load_teacher: Callable[[str | None, str], Teacher]  # (place, or null for the one that is named; field of it)
     token_ids: Callable[[str], list[int]]  # of a text, without special tokens
     calibration: Callable[[int], Sequence[Mapping[str, Tensor]]]  # so many rows of the training split, as batches

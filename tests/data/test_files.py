@@ -248,3 +248,210 @@ def test_relative_paths_start_at_the_current_folder(tmp_path: Path, monkeypatch:
 def test_wrong_settings_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Files(**options)
+
+
+ANSWER = Needs(required=("context", "question", "answers"), optional=("id",))
+CHAT = Needs(required=("messages",))
+TRANSLATE = Needs(required=("source", "target"))
+
+
+@pytest.mark.parametrize(
+    ("given", "tags"),
+    [
+        ("B-A E-A O S-B S-B", "B-A I-A O B-B B-B"),  # BIOES
+        ("B-A I-A E-A B-A E-A", "B-A I-A I-A B-A I-A"),
+        ("B-A L-A U-A U-A O", "B-A I-A B-A B-A O"),  # BILOU
+        ("B-A M-A E-A S-A", "B-A I-A I-A B-A"),  # BMES
+        ("I-A I-A B-A I-B O I-B", "B-A I-A B-A B-B O B-B"),  # IOB1
+        ("B-A I-A O B-A", "B-A I-A O B-A"),  # IOB2
+        ("E-A I-A", "B-A B-A"),
+        ("NN -LRB- NP-SBJ PRP$", "NN -LRB- NP-SBJ PRP$"),  # parts of speech
+    ],
+)
+def test_conll_tags_of_every_scheme_become_iob2(tmp_path: Path, given: str, tags: str) -> None:
+    words = given.split()
+    for columns in ("{} {}", "{} NN {}", "{} NN B-NP {}"):
+        path = write(tmp_path / "a.conll", "".join(columns.format(f"w{i}", tag) + "\n" for i, tag in enumerate(words)))
+        (row,) = read(path, TAG)
+        assert row == {"tokens": [f"w{i}" for i in range(len(words))], "tags": tags.split()}
+
+
+@pytest.mark.parametrize("tag", ["X-PER", "b-PER", "B-"])
+def test_conll_names_the_line_of_a_tag_that_is_none(tmp_path: Path, tag: str) -> None:
+    path = write(tmp_path / "a.conll", f"a O\n\nb O\nc {tag}\n")
+    expected = f"data.train=FILE line 4: tag '{tag}' begins with {tag[0]}-, must be O, or one of B-, I- (IOB), E-, S-"
+    assert error(path, TAG).startswith(expected)
+    assert error(write(tmp_path / "b.conll", "a B O C D\n"), TAG) == "data.train=FILE line 1: 5 columns, must be 2 to 4"
+
+
+def squad(*asked: dict, context: str = "Ada was born in London.") -> dict:
+    return {"version": "v2.0", "data": [{"title": "Ada", "paragraphs": [{"context": context, "qas": list(asked)}]}]}
+
+
+WHERE = {"question": "Where?", "id": "q1", "answers": [{"text": "London", "answer_start": 16}]}
+WHY = {
+    "question": "Why?",
+    "id": "q2",
+    "answers": [],
+    "is_impossible": True,
+    "plausible_answers": [{"text": "x", "answer_start": 0}],
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_squad_is_known_by_its_content(tmp_path: Path, indent: int | None) -> None:
+    content = json.dumps(squad(WHERE, WHY), indent=indent)
+    expected = [
+        {
+            "context": "Ada was born in London.",
+            "question": "Where?",
+            "answers": {"text": ["London"], "answer_start": [16]},
+            "id": "q1",
+        },
+        {
+            "context": "Ada was born in London.",
+            "question": "Why?",
+            "answers": {"text": [], "answer_start": []},
+            "id": "q2",
+        },
+    ]
+    assert read(write(tmp_path / "a.json", content), ANSWER) == expected
+    assert read(write(tmp_path / "a.json.gz", gzip.compress(content.encode())), ANSWER) == expected
+    assert read(write(tmp_path / "data", content), ANSWER, format="squad") == expected
+
+
+def test_squad_without_answers_can_be_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps(squad({"question": "Where?"})))
+    assert read(path, ANSWER.asking) == [{"context": "Ada was born in London.", "question": "Where?"}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({**WHERE, "answers": [{"text": "London", "answer_start": 15}]}, "question 2: answer 'London' is not at 15,"),
+        (
+            {**WHERE, "answers": [{"text": "London.", "answer_start": 17}]},
+            "question 2: answer 'London.' would end at c",
+        ),
+        ({**WHERE, "answers": [{"text": "London"}]}, "question 2 answer 1: has no 'answer_start'; the file must be {"),
+        ({**WHERE, "answers": [{"text": 1, "answer_start": 0}]}, "question 2 answer 1: text is int 1, must be text"),
+        ({**WHERE, "answers": None}, "question 2: answers is None, must be a list such as"),
+        ({**WHERE, "is_impossible": True}, "question 2: is_impossible is true, but it has answers; leave one out"),
+        ({"id": "q", "answers": []}, "question 2: has no 'question'; the file must be"),
+        ({**WHERE, "question": " "}, "question 2: column 'question' is empty"),
+        ("Where?", "question 2: is 'Where?', must be an object with 'question'"),
+    ],
+)
+def test_squad_names_the_question(tmp_path: Path, asked: dict, message: str) -> None:
+    path = write(tmp_path / "a.json", json.dumps(squad(WHERE, asked)))
+    assert error(path, ANSWER).startswith(f"data.train=FILE {message}")
+
+
+def test_squad_of_another_shape(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps([{"context": "a"}]))
+    assert error(path, ANSWER, format="squad").startswith('data.train=FILE: is no SQuAD file, must be {"data": [{"par')
+    path = write(tmp_path / "b.json", json.dumps({"data": [{"paragraphs": [{"qas": []}]}]}))
+    assert error(path, ANSWER).startswith("data.train=FILE article 1 paragraph 1: has no 'context'; the file must be")
+    assert "line 2: not JSON" in error(write(tmp_path / "c.json", '{"data":\n['), ANSWER)
+    assert "line 2: not JSON" in error(write(tmp_path / "c.json", '{"data":\n['), ANSWER, format="squad")
+
+
+SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+SHARED = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": SAID, "label": True}, SAID),
+        (SHARED, SAID),
+        ({**SHARED, "system": "be kind"}, [{"role": "system", "content": "be kind"}, *SAID]),
+        ({"instruction": "hi", "input": "", "output": "hello"}, SAID),
+        ({"instruction": "hi", "output": "hello"}, SAID),
+        ({"instruction": "add", "input": "1 2", "output": "3"}, [
+            {"role": "user", "content": "add\n1 2"}, {"role": "assistant", "content": "3"},
+        ]),
+        ({"instruction": "hi", "input": "", "output": "hello", "history": [["a", "b"]], "system": "s"}, [
+            {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"}, *SAID,
+        ]),
+    ],
+)  # fmt: skip
+def test_conversations_of_each_form(tmp_path: Path, row: dict, messages: list) -> None:
+    for content in (json.dumps([row, row], indent=1), json.dumps(row) + "\n\n" + json.dumps(row) + "\n"):
+        assert read(write(tmp_path / "a.json", content), CHAT, format="chat") == [{"messages": messages}] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"text": "a", "label": "b"},
+            "has text, label; a conversation has messages, conversations, or instruction and o",
+        ),
+        ({"messages": "hi"}, "messages is str 'hi', must be a list of turns"),
+        ({"messages": [{"role": "user"}]}, "turn 1 is {'role': 'user'}, must be an object with 'content'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "turn 1 has content ['a'], must be text"),
+        (
+            {"conversations": [{"from": "tool", "value": "x"}]},
+            "turn 1 is from 'tool', must be from one of system, human",
+        ),
+        ({"instruction": 5, "output": "x"}, "the row has instruction 5, must be text"),
+        (
+            {"instruction": "a", "output": "x", "history": [["a"]]},
+            "history 1 is ['a'], must be a list of what was asked",
+        ),
+        ({"messages": SAID[:1]}, "column 'messages' has no turn of the role 'assistant', must have one to learn from"),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            "column 'messages' turn 1 has the role 'bot', must have one of",
+        ),
+        ({"instruction": "a", "output": ""}, "column 'messages' turn 2 has a content that is empty"),
+    ],
+)
+def test_a_conversation_that_is_none_is_named(tmp_path: Path, row: dict, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(SHARED) + "\n" + json.dumps(row))
+    assert error(path, CHAT, format="chat").startswith(f"data.train=FILE line 2: {message}")
+    path = write(tmp_path / "a.json", json.dumps([SHARED, row]))
+    assert error(path, CHAT, format="chat").startswith(f"data.train=FILE row 2: {message}")
+
+
+def test_parallel_files_are_read_line_by_line(tmp_path: Path) -> None:
+    pair = [write(tmp_path / "a.en", "one\r\n\n two \nthree"), write(tmp_path / "a.de", "eins\n\n zwei\u2028\ndrei\n")]
+    splits = Files(train=pair, validation=pair, test=pair, format="parallel").splits(TRANSLATE, 0)
+    assert splits["test"][:] == {"source": ["one", " two ", "three"], "target": ["eins", " zwei\u2028", "drei"]}
+    packed = [write(tmp_path / f"b.{name}.gz", gzip.compress(b"a\n")) for name in ("en", "de")]
+    splits = Files(train=packed, validation=packed, test=packed, format="parallel").splits(TRANSLATE, 0)
+    assert splits["train"][:] == {"source": ["a"], "target": ["a"]}
+
+
+def test_parallel_files_of_unequal_length_or_with_gaps(tmp_path: Path) -> None:
+    long, short = write(tmp_path / "a.en", "one\ntwo\nthree\n"), write(tmp_path / "a.de", "eins\n\n")
+    with pytest.raises(
+        DataError, match=r"^data\.train=.*a\.en,.*a\.de: a\.en has 3 lines but a\.de has 2; line by line"
+    ):
+        Files(train=[long, short], format="parallel").splits(TRANSLATE, 0)
+    long = write(tmp_path / "a.en", "one\ntwo\n")
+    with pytest.raises(DataError, match=r"^data\.train=.*a\.en,.*a\.de line 2: column 'target' is empty$"):
+        Files(train=[long, short], validation=[long, short], test=[long, short], format="parallel").splits(TRANSLATE, 0)
+    with pytest.raises(DataError, match=r"^data\.train=.*none\.de: no such file$"):
+        Files(train=[long, str(tmp_path / "none.de")], format="parallel").splits(TRANSLATE, 0)
+
+
+@pytest.mark.parametrize("value", ["a.en", ["a.en"], ["a.en", "a.de", "a.fr"]])
+def test_parallel_needs_two_files(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"must be a list of two files, such as \[train\.en,train\.de\]"):
+        Files(train=value, format="parallel")
+    with pytest.raises(ConfigError, match=r"data\.test=.*must be a list of two files"):
+        Files(train=["a.en", "a.de"], test=value, format="parallel")
+
+
+def test_the_first_row_of_another_type_is_named(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choices": ["a", "b"], "label": 0} for _ in range(40)]
+    rows[17]["choices"] = ["a", 2]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    needs = Needs(required=("question", "choices", "label"))
+    assert error(path, needs) == (
+        "data.train=FILE line 18: column 'choices' holds ['a', 2], whose types do not form one column with the rows "
+        "before"
+    )

@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from niwaki.data.columns import check_index, check_number
 from niwaki.data.source import Needs, Source
 from niwaki.errors import ConfigError, DataError
 
 CLASSIFY = Needs(required=("text", "label"), optional=("text_pair",))
 TAG = Needs(required=("tokens", "tags"))
+ANSWER = Needs(required=("context", "question", "answers"), optional=("id",))
+CHOOSE = Needs(required=("question", "choices", "label"), checks={"label": check_index})
+RATE = Needs(required=("text", "label"), checks={"label": check_number})
+CHAT = Needs(required=("history", "response"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +234,7 @@ def test_shots_name_the_class_that_has_too_few() -> None:
 
 
 def test_shots_need_a_label_column() -> None:
-    with pytest.raises(ConfigError, match=r"data\.shots=2: needs a label column; .* reads tokens, tags"):
+    with pytest.raises(ConfigError, match=r"data\.shots=2: needs a label column with classes; .* reads tokens, tags"):
         Given(rows=whole(tokens=[["a"]], tags=[["O"]]), shots=2).splits(TAG, 0)
 
 
@@ -253,3 +258,105 @@ def test_running_text_is_cut_in_order_and_keeps_blank_lines() -> None:
     assert splits["test"].num_rows == splits["validation"].num_rows == 2
     limited = Given(rows=source.rows, running=True, limit=2).splits(needs, 0)
     assert limited["train"]["text"][:] == lines[:2]
+
+
+@pytest.mark.parametrize(
+    ("needs", "columns", "message"),
+    [
+        (RATE, {"text": ["a", "b"], "label": [1.0, float("inf")]}, "row 2: column 'label' is float inf, must be a"),
+        (CHOOSE, {"question": ["q"], "choices": [["a", "b"]], "label": ["E"]}, "row 1: label 4 is none of the 2 choic"),
+        (
+            ANSWER,
+            {"context": ["a b"], "question": ["q"], "answers": [{"text": ["b"], "answer_start": [0]}]},
+            "row 1: answer 'b' is not at 0, where 'a' stands; it stands at 2",
+        ),
+    ],
+)
+def test_a_task_checks_its_columns_and_pairs_of_them(needs: Needs, columns: dict, message: str) -> None:
+    with pytest.raises(DataError, match=f"^split 'train' {message}"):
+        Given(rows=whole(**columns)).splits(needs, 0)
+
+
+def test_the_columns_that_a_model_is_given() -> None:
+    assert ANSWER.asked == ("context", "question", "id")
+    assert ANSWER.asking.required == ("context", "question")
+    assert ANSWER.asking.optional == ("id",)
+    assert CLASSIFY.asked == ("text", "text_pair")
+    assert CHOOSE.asked == ("question", "choices")
+    assert Needs(required=("tokens", "tags"), asks=("text",)).asked == ("text",)
+    assert Needs(required=("history", "candidate", "label")).asked == ("history", "candidate")
+    code = Needs(required=("prompt", "solution", "tests", "entry_point"), optional=("id",))
+    assert code.asking.required == ("prompt",)
+    assert Needs(required=("source", "target"), optional=("references",)).asked == ("source",)
+
+
+def test_what_a_model_was_trained_on_is_required_where_it_reads_it() -> None:
+    assert CLASSIFY.trained_on(()) == CLASSIFY
+    assert CLASSIFY.trained_on(("text", "label")).all == ("text", "label")
+    assert CLASSIFY.trained_on(("text", "label", "text_pair")).required == ("text", "label", "text_pair")
+    assert ANSWER.trained_on(("context", "question", "answers", "id")).optional == ("id",)
+    write = Needs(required=("source", "target"), optional=("references",))
+    assert write.trained_on(("source", "target", "references")) == write
+    assert CHOOSE.trained_on(CHOOSE.required).checks == CHOOSE.checks
+
+
+def apart(splits: dict[str, Dataset], key) -> bool:
+    """Whether no two splits share what `key` makes of their rows."""
+    held = [{key(row) for row in split} for split in splits.values()]
+    return not (held[0] & held[1] or held[0] & held[2] or held[1] & held[2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_questions_on_one_context_are_carved_together(seed: int) -> None:
+    rows = [
+        {"context": f"text {i // 5}", "question": f"q {i}", "answers": {"text": [], "answer_start": []}, "id": i}
+        for i in range(200)
+    ]
+    splits = Given(rows={"train": Dataset.from_list(rows)}).splits(ANSWER, seed)
+    assert apart(splits, lambda row: row["context"])
+    assert all(10 <= splits[split].num_rows <= 30 for split in ("validation", "test"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_turns_of_one_conversation_are_carved_together(seed: int) -> None:
+    rows = []
+    for talk in range(40):
+        turns = ["Hello", *(f"turn {i} of {talk}" for i in range(6))]
+        rows += [{"history": turns[:i], "response": turns[i], "talk": talk} for i in (2, 3, 4, 6)]
+    splits = Given(rows={"train": Dataset.from_list(rows)}).splits(CHAT, seed)
+    assert apart(splits, lambda row: row["history"][1].split()[-1])
+    assert sum(split.num_rows for split in splits.values()) == 160
+    assert all(8 <= splits[split].num_rows <= 28 for split in ("validation", "test"))
+
+
+def test_conversations_of_equal_questions_are_carved_together() -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q {i // 4}"}, {"role": "assistant", "content": f"answer {i}"}]}
+        for i in range(120)
+    ]
+    splits = Given(rows={"train": Dataset.from_list(rows)}).splits(Needs(required=("messages",)), 0)
+    assert apart(splits, lambda row: row["messages"][0]["content"])
+    assert splits["train"][0]["messages"] == rows[0]["messages"]
+
+
+def test_numbers_on_a_scale_are_no_classes() -> None:
+    rows = Dataset.from_dict({"text": [f"t {i}" for i in range(60)], "label": [i / 7 for i in range(60)]})
+    splits = Given(rows={"train": rows}).splits(RATE, 0)
+    assert [split.num_rows for split in splits.values()] == [48, 6, 6]
+    assert all(isinstance(label, float) for label in splits["test"]["label"][:])
+    with pytest.raises(ConfigError, match=r"data\.shots=2: needs a label column with classes"):
+        Given(rows=dict.fromkeys(("train", "validation", "test"), rows), shots=2).splits(RATE, 0)
+    assert Given(rows={"train": rows}, limit=5).splits(RATE, 0)["train"].num_rows == 5
+
+
+def test_rows_with_several_labels_leave_each_in_train() -> None:
+    labels = [["common"] if i % 3 else [] for i in range(90)]
+    labels[7], labels[8] = ["common", "rare"], ["rarest"]
+    rows = {"train": Dataset.from_dict({"text": [f"t {i}" for i in range(90)], "labels": labels})}
+    needs = Needs(required=("text", "labels"))
+    for seed in range(5):
+        splits = Given(rows=rows).splits(needs, seed)
+        assert {label for row in splits["train"]["labels"] for label in row} == {"common", "rare", "rarest"}
+        assert splits["test"].num_rows == 9
+    limited = Given(rows=rows, limit=4, validation_fraction=0.2).splits(needs, 0)["train"]
+    assert {label for row in limited["labels"] for label in row} == {"common", "rare", "rarest"}

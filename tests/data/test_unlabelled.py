@@ -11,9 +11,11 @@ import torch
 
 from niwaki import auto_teacher, compose
 from niwaki.console import Console
+from niwaki.data.columns import check_marked
 from niwaki.data.corpus import Corpus
 from niwaki.data.files import Files
-from niwaki.data.source import Source
+from niwaki.data.source import Needs, Source
+from niwaki.data.unlabelled import rows_of
 from niwaki.errors import ConfigError, DataError
 from niwaki.model.tiny import Tiny
 from niwaki.task.classification import Classification
@@ -208,3 +210,15 @@ def test_the_plan_says_how_many(labelled: str, bare: str, capsys: pytest.Capture
     Console().plan(recipe, read(labelled, unlabelled=bare))
     said = " ".join(capsys.readouterr().out.split())
     assert "39 train, 4 validation, 4 test rows, 7 of the train rows without a label, 2 labels" in said
+
+
+def test_they_are_checked_as_the_task_checks_its_columns(tmp_path: Path) -> None:
+    needs = Needs(required=("text", "label"), checks={"text": check_marked})
+    marked = {"text": "<e1>rain</e1> made a <e2>pond</e2>"}
+    path = write(tmp_path / "marked.jsonl", [{**marked, "label": "x"}, {**marked, "label": "y"}])
+    source = Files(train=path, validation=path, test=path)
+    train = source.splits(needs, 0)["train"]
+    found = rows_of(write(tmp_path / "bare.jsonl", [marked]), train, source, needs)
+    assert found[:] == {"text": [marked["text"]], "label": [None]}
+    with pytest.raises(DataError, match=r"plain\.jsonl line 1: column 'text' has <e1> nowhere"):
+        rows_of(write(tmp_path / "plain.jsonl", [{"text": "rain"}]), train, source, needs)

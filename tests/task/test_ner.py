@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 
-from niwaki.task.ner import NER, WORD, entities, first_pieces, lacks_space
+from niwaki.errors import ConfigError
+from niwaki.task.ner import NER, WORD, entities, entities_of, first_pieces, lacks_space, retagged, told_once
 from niwaki.task.task import IGNORED
 
 TAGS = ("B-LOC", "B-PER", "I-PER", "O")
@@ -32,16 +34,25 @@ def test_first_pieces() -> None:
     assert first_pieces([None, 0, 0, 1, 3, 3, None]) == [None, 0, None, 1, 3, None, None]
 
 
+@pytest.mark.parametrize("overlap", [None, 0.0, 0.25, 0.5])
 @pytest.mark.parametrize("max_length", range(4, 14))
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_every_word_is_counted_once(setting: Callable[..., Any], family: str, max_length: int) -> None:
+def test_every_word_is_counted_once(
+    setting: Callable[..., Any], family: str, max_length: int, overlap: float | None
+) -> None:
     one = setting(family, "ner")
-    one.task = NER(max_length=max_length)
+    one.task = NER(max_length=max_length, overlap=overlap)
     one.rows = {"tokens": [["ab", "c", "def", "g"], ["h"]], "tags": [["B-PER", "I-PER", "O", "B-PER"], ["O"]]}
-    for row, tags in zip(one.features(), one.rows["tags"], strict=True):
-        kept = [label for label in row["labels"] if label != IGNORED]
-        assert [one.labels[i] for i in kept + row["cut"]] == tags
+    told: list[dict[int, str]] = [{}, {}]
+    for row in one.features():
+        pairs = [*zip(row["words"], row["labels"], strict=True), *zip(row["cut"], row["cut_labels"], strict=True)]
+        for word, label in pairs:
+            if label != IGNORED:
+                assert word not in told[row["sentence"]]
+                told[row["sentence"]][word] = one.labels[label]
         assert len(row["input_ids"]) <= max_length
+        assert overlap is None or not row["cut"]
+    assert [[words[i] for i in sorted(words)] for words in told] == one.rows["tags"]
     scores = one.task.scores(one.labels)
     batch = one.batch()
     with torch.no_grad():
@@ -49,19 +60,78 @@ def test_every_word_is_counted_once(setting: Callable[..., Any], family: str, ma
     assert scores.report()["averages"]["micro"]["support"] == 5
 
 
+def test_a_word_is_tagged_where_it_has_most_around_it() -> None:
+    """Three windows of one sentence: word 3 has nothing behind it in the first and a token before it in the second;
+    the other sentence has one window, whose ends are those of the sentence."""
+    firsts = [[None, 0, 1, 2, 3, None], [None, 2, 3, 4, 5, None], [None, 4, 5, 6, None], [None, 0, None]]
+    assert told_once(firsts, [0, 0, 0, 1]) == [
+        [None, 0, 1, 2, None, None], [None, None, 3, 4, None, None], [None, None, 5, 6, None], [None, 0, None],
+    ]  # fmt: skip
+
+
+def test_windows_are_put_together_in_order(setting: Callable[..., Any]) -> None:
+    """A long sentence, its windows in any order: what the words are tagged as is that of a model that tags by word."""
+    one = setting("bert", "ner")
+    one.task = NER(max_length=8)
+    words = list("abcdefghijklmnop")
+    tags = [("B-PER", "I-PER", "O", "B-LOC")[i % 4] for i in range(16)]
+    labels = ("B-LOC", "B-PER", "I-PER", "O")
+    one.labels = labels
+    features = one.features({"tokens": [words], "tags": [tags]})
+    assert len(features) > 2
+    scores = one.task.scores(labels)
+    batch = one.task.collate(features[::-1], one.tokenizer)
+    logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), 4).float()
+    scores.update(SimpleNamespace(logits=logits), batch)
+    assert scores.compute()["f1"] == 1.0
+    assert scores._true == scores._predicted == [tags]
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        ["I-PER", "I-PER", "O", "B-PER", "I-LOC", "I-LOC"],  # IOB1: B- only where two of a kind meet
+        ["B-PER", "I-PER", "O", "B-PER", "B-LOC", "I-LOC"],
+        ["B-PER", "E-PER", "O", "S-PER", "B-LOC", "E-LOC"],
+    ],
+)
+def test_entities_are_read_off_any_scheme(tags: list[str]) -> None:
+    assert entities_of(tags) == [("PER", 0, 1), ("PER", 3, 3), ("LOC", 4, 5)]
+    assert retagged(tags, "iob2") == ["B-PER", "I-PER", "O", "B-PER", "B-LOC", "I-LOC"]
+    assert retagged(tags, "bioes") == ["B-PER", "E-PER", "O", "S-PER", "B-LOC", "E-LOC"]
+    assert retagged(tags, None) is tags
+    found = {"train": Dataset.from_dict({"tags": [tags]})}
+    assert NER(scheme="iob2").labels(found) == ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
+    assert NER(scheme="bioes").labels(found)[:4] == ("B-LOC", "B-PER", "E-LOC", "E-PER")
+    assert NER().labels(found) == tuple(sorted(set(tags)))
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 0.6])
+def test_an_overlap_is_at_most_half(overlap: float) -> None:
+    with pytest.raises(ConfigError, match=r"^task\.overlap="):
+        NER(overlap=overlap)
+
+
 def test_a_word_without_any_piece_is_counted_too(setting: Callable[..., Any]) -> None:
     one = setting("bert", "ner")
     (row,) = one.features({"tokens": [["a", "\u200b", "b"]], "tags": [["B-PER", "I-PER", "O"]]})
     assert [label for label in row["labels"] if label != IGNORED] == [0, 2]
-    assert row["cut"] == [1]
+    assert (row["cut"], row["cut_labels"]) == ([1], [1])
 
 
 def update(scores: Any, labels: list[list[int]], guesses: list[list[int]], cut: list[list[int]] | None = None) -> None:
     """Feed label and guess numbers, padded with IGNORED, with logits of 1 for the guess, else 0."""
     logits = torch.nn.functional.one_hot(torch.tensor(guesses), len(TAGS)).float()
     width = max(len(row) for row in cut or [[]])
-    padded = [row + [IGNORED] * (width - len(row)) for row in cut or [[]] * len(labels)]
-    batch = {"labels": torch.tensor(labels), "cut": torch.tensor(padded).view(len(labels), width).long()}
+    lost = torch.tensor([row + [IGNORED] * (width - len(row)) for row in cut or [[]] * len(labels)])
+    tags = torch.tensor(labels)
+    words = torch.arange(tags.shape[1]).expand_as(tags).where(tags != IGNORED, IGNORED)
+    behind = torch.arange(width) + tags.shape[1]
+    batch = {
+        "labels": tags, "words": words, "sentence": torch.arange(len(tags)),
+        "cut": behind.expand(len(tags), -1).where(lost != IGNORED, IGNORED) if width else lost.view(len(tags), 0),
+        "cut_labels": lost.view(len(tags), width).long(),
+    }  # fmt: skip
     scores.update(SimpleNamespace(logits=logits), batch)
 
 
@@ -131,7 +201,9 @@ def test_entities_and_their_offsets() -> None:
     text = "Ada met Alan  Turing."
     spans = [match.span() for match in WORD.finditer(text)]
     assert [text[a:b] for a, b in spans] == ["Ada", "met", "Alan", "Turing", "."]
-    found = entities(text, ["B-PER", "O", "B-PER", "I-PER", "O"], spans, [0.9, 1.0, 0.8, 0.6, 1.0])
+    found = entities(
+        text, list(zip(["B-PER", "O", "B-PER", "I-PER", "O"], [0.9, 1.0, 0.8, 0.6, 1.0], spans, strict=True))
+    )
     assert found == [
         {"entity": "PER", "text": "Ada", "start": 0, "end": 3, "score": 0.9},
         {"entity": "PER", "text": "Alan  Turing", "start": 8, "end": 20, "score": 0.7},
@@ -168,10 +240,14 @@ def test_a_batch_leaves_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     rows = 20
     scores = NER().scores(TAGS)
     logits = torch.nn.functional.one_hot(torch.ones(rows, 3, dtype=torch.long), len(TAGS)).float()
-    batch = {"labels": torch.ones(rows, 3, dtype=torch.long), "cut": torch.full((rows, 1), IGNORED)}
+    lost = torch.full((rows, 1), IGNORED)
+    batch = {
+        "labels": torch.ones(rows, 3, dtype=torch.long), "words": torch.arange(3).expand(rows, -1), "cut": lost,
+        "cut_labels": lost, "sentence": torch.arange(rows),
+    }  # fmt: skip
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor.shape) or tolist(tensor))
     scores.update(SimpleNamespace(logits=logits), batch)
-    assert transfers == [(2, rows, 3), (rows, 1)]
+    assert transfers == [(3, rows, 3), (2, rows, 1), (rows,)]
     assert scores.compute()["f1"] == 1.0
 
 

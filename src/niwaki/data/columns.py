@@ -5,7 +5,7 @@ A check takes the raw value and returns the canonical one; ValueError says what 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from niwaki.errors import DataError, nearest
@@ -314,17 +314,20 @@ TOGETHER: dict[tuple[str, str], Callable[[Any, Any], None]] = {
 }
 
 
-def values_of(rows: "Dataset", column: str) -> list:
-    """A column as Python values, with ClassLabel codes, alone or in lists, as the names of their classes."""
+def values_of(rows: "Dataset", column: str, *, codes: bool = False) -> list:
+    """A column as Python values, with ClassLabel codes, alone or in lists, as the names of their classes; with `codes`
+    as they are."""
     from datasets import ClassLabel, LargeList, List
 
     values = rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     feature = rows.features[column]
     inner = feature.feature if isinstance(feature, List | LargeList) else feature
-    return [_named(value, inner.names) for value in values] if isinstance(inner, ClassLabel) else values
+    if not isinstance(inner, ClassLabel):
+        return values
+    return [_named(value, range(len(inner.names)) if codes else inner.names) for value in values]
 
 
-def _named(value: Any, names: list[str]) -> Any:
+def _named(value: Any, names: Sequence[Any]) -> Any:
     if isinstance(value, list):
         return [_named(one, names) for one in value]
     # -1 is how published test sets mark rows whose answer is kept back.

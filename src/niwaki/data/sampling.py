@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from niwaki.data.columns import KEPT_BACK, NAMES
 from niwaki.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
 def carve(rows: "Dataset", fractions: dict[str, float], seed: int, *, in_order: bool) -> dict[str, list[int]]:
     """Row numbers, ascending, of "train" and of each split in `fractions` (shares of all the rows).
 
-    Rows of equal text (spacing and case aside) go to one split, classes keep their shares, and each label
+    Rows that are asked of the same (`groups`) go to one split, classes keep their shares, and each label
     keeps a row in train. With `in_order` the splits are the last rows instead, in the order of `fractions`.
     """
     if in_order:
         return _cut(rows.num_rows, fractions)
     labels = _labels(rows)
-    groups = _groups_of_equal_text(rows)
-    order = np.random.default_rng([seed, 1]).permutation(len(groups))
-    free = _without_first_of_each_label([groups[i] for i in order], labels)
+    of_one = groups(rows)
+    order = np.random.default_rng([seed, 1]).permutation(len(of_one))
+    free = _without_first_of_each_label([of_one[i] for i in order], labels)
     free.sort(key=lambda group: labels[group[0]][0] if len(labels[group[0]]) == 1 else "")
     parts: dict[str, list[int]] = {}
     for split, fraction in fractions.items():
@@ -45,19 +46,54 @@ def _cut(count: int, fractions: dict[str, float]) -> dict[str, list[int]]:
 
 
 def _labels(rows: "Dataset") -> list[list[str]]:
-    column = next((name for name in ("label", "tags") if name in rows.column_names), None)
-    if column is None:
+    column = next((name for name in ("label", "labels", "tags") if name in rows.column_names), None)
+    if column is None or not has_classes(rows, column):
         return [[""]] * rows.num_rows
-    return [value if isinstance(value, list) else [value] for value in rows[column][:]]
+    return [[str(one) for one in (value if isinstance(value, list) else [value])] for value in rows[column][:]]
 
 
-def _groups_of_equal_text(rows: "Dataset") -> list[list[int]]:
-    column = next(name for name in rows.column_names if name not in ("label", "tags"))
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for number, value in enumerate(rows[column][:]):
-        text = " ".join(value) if isinstance(value, list) else value
-        groups[" ".join(text.split()).casefold()].append(number)
-    return list(groups.values())
+def has_classes(rows: "Dataset", column: str) -> bool:
+    """Whether a column of answers holds classes, rather than numbers on a scale."""
+    return not str(getattr(rows.features[column], "dtype", "")).startswith("float")
+
+
+def groups(rows: "Dataset") -> list[list[int]]:
+    """Row numbers of the rows that belong together: those of equal text, spacing and case aside, in the first column
+    that is neither an answer nor a name (a context, a question, what was said before the first answer); and those whose
+    history goes on from the history and response of another."""
+    column = next(name for name in rows.column_names if name not in (*KEPT_BACK, *NAMES))
+    keys = [_key(value) for value in rows[column][:]]
+    if column == "history" and "response" in rows.column_names:
+        keys = _first_of_each_conversation(keys, [_key([text]) for text in rows["response"][:]])
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    for number, key in enumerate(keys):
+        found[key].append(number)
+    return list(found.values())
+
+
+Key = tuple[str, ...]
+
+
+def _key(value: Any) -> Key:
+    """The texts of a value: itself, a list of them, or the turns of a conversation up to the first answer."""
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, dict) and part["role"] == "assistant":
+            break
+        texts.append(part["content"] if isinstance(part, dict) else part)
+    return tuple(" ".join(text.split()).casefold() for text in texts)
+
+
+def _first_of_each_conversation(histories: list[Key], responses: list[Key]) -> list[Key]:
+    """For each row the history of the first row of its conversation: one whose history and response it begins with."""
+    first: dict[Key, Key] = {}
+    found: list[Key] = [()] * len(histories)
+    for row in sorted(range(len(histories)), key=lambda row: len(histories[row])):
+        history = histories[row]
+        before = (history[:end] for end in range(len(history), 1, -1))
+        found[row] = next((first[turns] for turns in before if turns in first), history)
+        first.setdefault(history + responses[row], found[row])
+    return found
 
 
 def _without_first_of_each_label(groups: list[list[int]], labels: list[list[str]]) -> list[list[int]]:

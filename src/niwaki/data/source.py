@@ -18,7 +18,8 @@ from niwaki.data.columns import (
     check_text,
     values_of,
 )
-from niwaki.data.sampling import carve, choose_limit, choose_shots
+from niwaki.data.names import Origin, Spec, origin_of, roots
+from niwaki.data.sampling import carve, choose_limit, choose_shots, has_classes
 from niwaki.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -119,22 +120,29 @@ class Needs:
         return self.checked({column: OF_PLAIN_TEXT.get(column, str)(text)})
 
 
+def _flat(pair: Sequence[Any]) -> list[Any]:
+    """A column and its spec, or the names in it where it is a list of some."""
+    column, spec = pair
+    return [column, *spec] if isinstance(spec, Sequence) and spec and not isinstance(spec, str) else [column, spec]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
     """Rows for the three splits, and how they are served.
 
     `limit` keeps that many rows of each split, a seeded sample in the order of the source; `shots` keeps
     that many rows of each class of the training split (`limit` then holds for validation and test only).
-    `columns` maps a column of the task to its name in the source. `validation_fraction` and `test_fraction`
-    are the shares of the training rows that become a split which the source does not have. `unlabelled` names files
-    whose rows stand behind the training rows without an answer; neither `limit` nor `shots` counts them.
+    `columns` maps a column of the task to its name in the source, or to what it is made of there (`data/names.py`).
+    `validation_fraction` and `test_fraction` are the shares of the training rows that become a split which the source
+    does not have. `unlabelled` names files whose rows stand behind the training rows without an answer; neither `limit`
+    nor `shots` counts them.
     """
 
     batch_size: int = 32
     eval_batch_size: int = 64
     limit: int | None = None
     shots: int | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, Spec] = field(default_factory=dict)
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     workers: int = 0
@@ -149,7 +157,7 @@ class Source(abc.ABC):
         self._check_fractions()
         self._check_unlabelled()
         if not isinstance(self.columns, Mapping) or not all(
-            isinstance(text, str) and text for pair in self.columns.items() for text in pair
+            isinstance(text, str) and text for pair in self.columns.items() for text in _flat(pair)
         ):
             raise ConfigError(f"data.columns={self.columns!r}: give a mapping such as {{text: sentence}}")
         object.__setattr__(self, "columns", dict(self.columns))
@@ -184,6 +192,10 @@ class Source(abc.ABC):
     def read(self, needs: Needs) -> "dict[str, Dataset]":
         """The rows as they are, by split ("train" at least), columns under the names of the source."""
 
+    def wanted(self, needs: Needs) -> set[str]:
+        """Every column of the source that the columns of the task might be made of."""
+        return {name for column in needs.all for name in roots(self.columns.get(column, column))}
+
     def place(self, split: str, number: int, row: dict[str, Any]) -> str:
         """Where a row stands, for errors; `number` counts the rows of the split from 1."""
         return f"split {split!r} row {number}"
@@ -199,8 +211,9 @@ class Source(abc.ABC):
     def splits(self, needs: Needs, seed: int) -> "dict[str, Dataset]":
         """Exactly train, validation and test, with the task's columns only, every row checked.
 
-        Splits that the source lacks are carved from train with the seed, so that rows of equal text share a
-        split; running text is cut in order instead. Raises DataError or ConfigError, in one line.
+        Splits that the source lacks are carved from train with the seed, so that rows of equal text (one context,
+        one conversation) share a split; running text is cut in order instead. Raises DataError or ConfigError, in one
+        line.
         """
         self._check_mapping(needs)
         found = self.read(needs)
@@ -223,17 +236,24 @@ class Source(abc.ABC):
     def _columns_to_keep(self, found: "dict[str, Dataset]", needs: Needs) -> list[str]:
         kept = list(needs.required)
         for column in needs.optional:
-            name = self.columns.get(column, column)
-            if column in self.columns or any(name in rows.column_names for rows in found.values()):
+            if column in self.columns or any(column in rows.column_names for rows in found.values()):
                 kept.append(column)
         for split, rows in found.items():
             for column in kept:
-                if self.columns.get(column, column) not in rows.column_names:
-                    raise DataError(self._missing_column(split, column, rows.column_names))
+                for name in self._origin(column, rows).reads:
+                    if name not in rows.column_names:
+                        raise DataError(self._missing_column(split, column, name, rows.column_names))
         return kept
 
-    def _missing_column(self, split: str, column: str, present: list[str]) -> str:
-        name = self.columns.get(column, column)
+    def _origin(self, column: str, rows: "Dataset") -> Origin:
+        return origin_of(self.columns.get(column, column), rows.column_names)
+
+    def _named(self, column: str) -> str:
+        """What a column is called in errors."""
+        spec = self.columns.get(column, column)
+        return spec if isinstance(spec, str) else f"[{', '.join(spec)}]"
+
+    def _missing_column(self, split: str, column: str, name: str, present: list[str]) -> str:
         names = [other for other in present if not other.startswith("__")]
         near = nearest(name, names)
         hint = f"; name it with data.columns.{column}={near}" if near else ""
@@ -245,17 +265,20 @@ class Source(abc.ABC):
 
         values: dict[str, list] = {}
         for column in kept:
-            name = self.columns.get(column, column)
-            check = needs.check(column)
-            values[column] = values_of(rows, name)
+            check, origin = needs.check(column), self._origin(column, rows)
+            # Which of the choices it is, not what this is called.
+            codes = column == "label" and "choices" in kept
+            read = [values_of(rows, name, codes=codes) for name in origin.reads]
             if check is check_text and self.is_running_text(split):
+                values[column] = [origin.make(*parts) for parts in zip(*read, strict=True)]
                 continue
-            for index, value in enumerate(values[column]):
+            values[column] = []
+            for number, parts in enumerate(zip(*read, strict=True), start=1):
                 try:
-                    values[column][index] = check(value)
+                    values[column].append(check(origin.make(*parts)))
                 except ValueError as wrong:
-                    place = self.place(split, index + 1, rows[index])
-                    raise DataError(f"{place}: column {name!r} {wrong}") from None
+                    place = self.place(split, number, rows[number - 1])
+                    raise DataError(f"{place}: column {self._named(column)!r} {wrong}") from None
         self._check_together(split, rows, values)
         return Dataset.from_dict(values)
 
@@ -286,9 +309,9 @@ class Source(abc.ABC):
 
     def _sampled(self, split: str, rows: "Dataset", seed: int) -> "Dataset":
         if split == "train" and self.shots is not None:
-            if "label" not in rows.column_names:
+            if "label" not in rows.column_names or not has_classes(rows, "label"):
                 raise ConfigError(
-                    f"data.shots={self.shots}: needs a label column; this task reads "
+                    f"data.shots={self.shots}: needs a label column with classes; this task reads "
                     f"{', '.join(rows.column_names)}; use data.limit"
                 )
             return rows.select(choose_shots(rows["label"][:], self.shots, seed))

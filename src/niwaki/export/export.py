@@ -35,7 +35,10 @@ class Export(abc.ABC):
     """One format. It holds settings only."""
 
     paper: ClassVar[str]  # where the format is from
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "ner", "masked_lm", "causal_lm")
+    tasks: ClassVar[tuple[str, ...]] = (
+        "classification", "ner", "masked_lm", "causal_lm", "multi_label", "regression", "relation", "multiple_choice",
+        "question_answering",
+    )  # fmt: skip
     texts: ClassVar[bool] = False  # whether it can do every task that writes texts too
     packages: ClassVar[tuple[str, ...]] = ()  # that have to be installed
     extra: ClassVar[str] = ""  # of niwaki, which brings them

@@ -58,6 +58,8 @@ class TorchRunner(Runner):
 
     def logits(self, given: dict[str, Tensor]) -> Tensor:
         found = self.function[0](**given) if self.by_name else self.function[0](*given.values())
+        if hasattr(found, "start_logits"):
+            return torch.stack([found.start_logits, found.end_logits], -1)
         logits: Tensor = getattr(found, "logits", found)
         return logits
 

@@ -124,7 +124,7 @@ def measured(probe: Probe, plan: Plan, output: Path) -> tuple[dict[str, Any], di
     sizes = {name: saved.model.get_submodule(name).weight.numel() for names in groups.values() for name in names}
     facts = {
         "schema": 1, "task": saved.task.name, "metric": probe.metric, "mode": saved.task.mode, "rows": probe.rows,
-        "row": "block" if saved.task.whole else "row",
+        "row": saved.task.unit.removesuffix("s"),
         "origin": probe.origin, "score": "magnitude", "unit": plan.unit, "sparsities": list(plan.sparsities),
         "base": record.base, "units": {
             unit: {

@@ -15,6 +15,7 @@ from niwaki.errors import ConfigError, UserError
 from niwaki.model.anatomy import Anatomy, adapt, family_of
 
 if TYPE_CHECKING:
+    from niwaki.data.source import Needs, Source
     from niwaki.task.task import Task
 
 DECODER_START = "decoder_start"  # the setting of a tokenizer that names the token before the first of a target
@@ -67,6 +68,10 @@ class Pretrained:
             ConfigError: there is no such folder, or the package that should hold it is not installed.
         """
         return located(self.name, "model.name")
+
+    def learn(self, source: Source, needs: Needs, seed: int) -> None:
+        """What a model takes from the training rows before anything is read with it; most take nothing."""
+        return None
 
     def tokenizer(self) -> Any:
         """The model's tokenizer; a padding token is chosen where it has none."""

@@ -37,6 +37,7 @@ class CausalLM(Task):
     causal: ClassVar[bool] = True
     writes: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    unit: ClassVar[str] = "blocks"
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "max_new_tokens")
     paper: ClassVar[str] = "Radford et al. 2019"
 

@@ -40,6 +40,7 @@ class MaskedLM(Task):
     head_learns: ClassVar[bool] = False
     head_may_be_new: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    unit: ClassVar[str] = "blocks"
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "mask_share", "fillings")
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692"
 

@@ -1,13 +1,14 @@
-"""Named-entity recognition as token classification: IOB2 tags on words, predicted at each word's first piece
+"""Named-entity recognition as token classification: tags on words, predicted at each word's first piece
 (Devlin et al. 2019, arXiv:1810.04805, section 5.3)."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
+from niwaki.errors import ConfigError
 from niwaki.task.task import IGNORED, UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 
 WORD = re.compile(r"\w(?:[\w.'’&/-]*\w)?|[^\w\s]")
@@ -22,43 +24,90 @@ WORD = re.compile(r"\w(?:[\w.'’&/-]*\w)?|[^\w\s]")
 
 @dataclass(frozen=True, kw_only=True)
 class NER(Task):
-    """Entity-level precision, recall, f1 (seqeval), and a table per tag over all words, those cut off included."""
+    """Entity-level precision, recall, f1 (seqeval), and a table per tag over all words, those cut off included.
+
+    A sentence that is longer than `max_length` tokens is read in windows, each of which repeats `overlap` of the one
+    before, and each word is tagged where the shorter of its two sides is longest; with null it is cut, and what was cut
+    off counts as tagged O. `scheme`: the tags that are learned, predicted and counted, iob2 or bioes; null: those of
+    the data. Entities are read off tags of any scheme (IOB1 too) as seqeval does.
+    """
 
     needs: ClassVar[Needs] = Needs(required=("tokens", "tags"), asks=("text",))
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
 
+    unit: ClassVar[str] = "windows"
+
     max_length: int = 256
+    overlap: float | None = 0.25
+    scheme: Literal["iob2", "bioes"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlap is not None and not 0 <= self.overlap <= 0.5:
+            raise ConfigError(f"task.overlap={self.overlap}: needs null or a number in 0..0.5")
+
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        """With windows the parts of a sentence find one another by its number, which counts in a split."""
+        return self.overlap is not None
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(labels_of(dict(splits), "tags"))
+        found = tuple(labels_of(dict(splits), "tags"))
+        if self.scheme is None:
+            return found
+        kinds = sorted({kind for kind, _, _ in entities_of(found)})
+        return tuple(sorted(["O", *(f"{begin}-{kind}" for kind in kinds for begin in BEGINNINGS[self.scheme])]))
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         encoded = self._tokenize(rows["tokens"], tokenizer)
         index = {label: i for i, label in enumerate(labels)}
+        given = rows.get("tags") or [None] * len(rows["tokens"])
         tags = [
-            [UNKNOWN] * len(words) if row is None else [index[tag] for tag in row]
-            for words, row in zip(rows["tokens"], rows["tags"], strict=True)
+            [UNKNOWN] * len(words) if row is None else [index[tag] for tag in retagged(row, self.scheme)]
+            for words, row in zip(rows["tokens"], given, strict=True)
         ]
-        firsts = [first_pieces(encoded.word_ids(i)) for i in range(len(tags))]
-        seen = [set(words) for words in firsts]
+        places = encoded.get("overflow_to_sample_mapping") or list(range(len(tags)))
+        firsts = told_once([first_pieces(encoded.word_ids(i)) for i in range(len(places))], places)
+        seen: dict[int, set[int | None]] = {}
+        for row, words in zip(places, firsts, strict=True):
+            seen.setdefault(row, set()).update(words)
+        begun = [row == 0 or places[row - 1] != place for row, place in enumerate(places)]
         return {
             "input_ids": encoded["input_ids"],
             "labels": [
-                [row[word] if word is not None else IGNORED for word in words]
-                for row, words in zip(tags, firsts, strict=True)
+                [tags[place][word] if word is not None else IGNORED for word in words]
+                for place, words in zip(places, firsts, strict=True)
             ],
             "words": [[IGNORED if word is None else word for word in words] for words in firsts],
-            "cut": [[t for i, t in enumerate(row) if i not in words] for row, words in zip(tags, seen, strict=True)],
+            "cut": [
+                [i for i in range(len(tags[place])) if i not in seen[place]] if first else []
+                for place, first in zip(places, begun, strict=True)
+            ],
+            "cut_labels": [
+                [tag for i, tag in enumerate(tags[place]) if i not in seen[place]] if first else []
+                for place, first in zip(places, begun, strict=True)
+            ],
+            "sentence": places,
             "length": [len(ids) for ids in encoded["input_ids"]],
         }
 
+    def translate(self, rows: Rows, tokenizer: Any, other: Any, labels: Sequence[str]) -> Rows:
+        if self.overlap is not None:
+            raise ConfigError(
+                f"task.overlap={self.overlap} and distill/cross_vocabulary: another vocabulary has other windows; "
+                "needs task.overlap=null"
+            )
+        return self.encode(rows, other, labels)
+
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         batch = pad(features, tokenizer, labels=True)
-        for name in ("words", "cut"):
+        for name in ("words", "cut", "cut_labels"):
             width = max(len(row[name]) for row in features)
-            batch[name] = torch.tensor([[*row[name], *[IGNORED] * (width - len(row[name]))] for row in features])
+            padded = [[*row[name], *[IGNORED] * (width - len(row[name]))] for row in features]
+            batch[name] = torch.tensor(padded, dtype=torch.long)
+        batch["sentence"] = torch.tensor([row["sentence"] for row in features])
         return batch
 
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -74,20 +123,27 @@ class NER(Task):
         for part in batched(rows):
             spans = [[match.span() for match in WORD.finditer(row["text"])] or [(0, 0)] for row in part]
             words = [[row["text"][a:b] for a, b in places] for row, places in zip(part, spans, strict=True)]
-            encoded = self._tokenize(words, tokenizer)
-            features = [{"input_ids": ids} for ids in encoded["input_ids"]]
-            batch = {k: v.to(model.device) for k, v in pad(features, tokenizer).items()}
-            chances = model(**self.inputs(batch)).logits.float().softmax(-1)
-            for i, row in enumerate(part):
-                places = [(t, w) for t, w in enumerate(first_pieces(encoded.word_ids(i))) if w is not None]
-                tags = [labels[int(chances[i, t].argmax())] for t, _ in places]
-                sure = [float(chances[i, t].max()) for t, _ in places]
-                yield {**row, "entities": entities(row["text"], tags, [spans[i][w] for _, w in places], sure)}
+            encoded = self.encode({"tokens": words}, tokenizer, labels)
+            features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            found: list[dict[int, tuple[str, float]]] = [{} for _ in part]
+            for some in batched(features):
+                batch = {k: v.to(model.device) for k, v in self.collate(list(some), tokenizer).items()}
+                sure, best = model(**self.inputs(batch)).logits.float().softmax(-1).max(-1)
+                places, chances, tags = batch["sentence"].tolist(), sure.tolist(), best.tolist()
+                for row, token, word in told_words(batch["words"].tolist()):
+                    found[places[row]][word] = labels[tags[row][token]], chances[row][token]
+            for given, said, at in zip(part, found, spans, strict=True):
+                told = [(*said[word], at[word]) for word in sorted(said)]
+                yield {**given, "entities": entities(given["text"], told)}
 
     def _tokenize(self, words: list[list[str]], tokenizer: Any) -> Any:
         if lacks_space(tokenizer):
             words = [[f" {word}" for word in row] for row in words]
-        return tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
+        windows: dict[str, Any] = {}
+        if self.overlap is not None:
+            room = self.max_length - tokenizer.num_special_tokens_to_add()
+            windows = {"stride": int(self.overlap * room), "return_overflowing_tokens": True}
+        return tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length, **windows)
 
 
 def lacks_space(tokenizer: Any) -> bool:
@@ -109,22 +165,62 @@ def first_pieces(word_ids: Sequence[int | None]) -> list[int | None]:
     return [None if word in seen or seen.add(word) else word for word in word_ids]  # type: ignore[func-returns-value]
 
 
-def entities(
-    text: str, tags: Sequence[str], spans: Sequence[tuple[int, int]], sure: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Join IOB2 tags to entities with character offsets; the score is the mean chance of its words."""
+def told_once(firsts: Sequence[Sequence[int | None]], places: Sequence[int]) -> list[list[int | None]]:
+    """`firsts` of windows, which are of the sentences `places`, with each word of a sentence in one of them: where
+    the shorter of the two sides that it has in the window is longest. The ends of a sentence are no bound."""
+    best: dict[tuple[int, int], tuple[float, int]] = {}
+    for number, (words, place) in enumerate(zip(firsts, places, strict=True)):
+        first = number == 0 or places[number - 1] != place
+        last = number + 1 == len(places) or places[number + 1] != place
+        for at, word in enumerate(words):
+            if word is not None:
+                room = min(math.inf if first else at, math.inf if last else len(words) - 1 - at)
+                if room > best.get((place, word), (-1.0, 0))[0]:
+                    best[place, word] = room, number
+    return [
+        [word if word is not None and best[place, word][1] == number else None for word in words]
+        for number, (words, place) in enumerate(zip(firsts, places, strict=True))
+    ]
+
+
+def told_words(words: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
+    """(row of the batch, token, word of its sentence) of every word that is tagged in a batch."""
+    for row, one in enumerate(words):
+        yield from ((row, token, word) for token, word in enumerate(one) if word != IGNORED)
+
+
+BEGINNINGS = {"iob2": "BI", "bioes": "BIES"}
+
+
+def entities_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(kind, first word, last word) of each entity, from tags of IOB1, IOB2 or BIOES, as seqeval reads them."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return [
-        {
-            "entity": kind,
-            "text": text[spans[first][0] : spans[last][1]],
-            "start": spans[first][0],
-            "end": spans[last][1],
-            "score": round(sum(sure[first : last + 1]) / (last + 1 - first), 4),
-        }
-        for kind, first, last in get_entities(list(tags))
-    ]
+    return [(kind, first, last) for kind, first, last in get_entities(list(tags))]
+
+
+def retagged(tags: Sequence[str], scheme: str | None) -> Sequence[str]:
+    """The tags of a sentence in another scheme; with None as they are."""
+    if scheme is None:
+        return tags
+    found = ["O"] * len(tags)
+    for kind, first, last in entities_of(tags):
+        inner = ["I"] * (last - first + 1)
+        if scheme == "bioes":
+            inner[-1] = "E"
+        inner[0] = "S" if scheme == "bioes" and first == last else "B"
+        found[first : last + 1] = [f"{begin}-{kind}" for begin in inner]
+    return found
+
+
+def entities(text: str, told: Sequence[tuple[str, float, tuple[int, int]]]) -> list[dict[str, Any]]:
+    """Join (tag, chance, characters) of words to entities; the score is the mean chance of its words."""
+    found = []
+    for kind, first, last in entities_of([tag for tag, _, _ in told]):
+        start, end = told[first][2][0], told[last][2][1]
+        score = round(sum(chance for _, chance, _ in told[first : last + 1]) / (last + 1 - first), 4)
+        found.append({"entity": kind, "text": text[start:end], "start": start, "end": end, "score": score})
+    return found
 
 
 class TagScores(Scores):
@@ -133,8 +229,7 @@ class TagScores(Scores):
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = list(labels)
-        self._true: list[list[str]] = []
-        self._predicted: list[list[str]] = []
+        self._sentences: dict[int, dict[int, tuple[str, str]]] = {}  # by word: true, predicted
         self._loss = 0.0
         self._seen = 0
 
@@ -143,23 +238,32 @@ class TagScores(Scores):
         logits = outputs.logits[keep].float()
         self._loss += float(functional.cross_entropy(logits, batch["labels"][keep], reduction="sum"))
         self._seen += len(logits)
-        labels, guesses = torch.stack([batch["labels"], outputs.logits.argmax(-1)]).tolist()
-        for row, guess, cut in zip(labels, guesses, batch["cut"].tolist(), strict=True):
-            lost = [self._labels[i] for i in cut if i != IGNORED]
-            seen = [(self._labels[i], self._labels[j]) for i, j in zip(row, guess, strict=True) if i != IGNORED]
-            self._true.append([true for true, _ in seen] + lost)
-            self._predicted.append([predicted for _, predicted in seen] + ["O"] * len(lost))
+        of_tokens = torch.stack([batch["labels"], outputs.logits.argmax(-1), batch["words"]]).tolist()
+        lost = torch.stack([batch["cut"], batch["cut_labels"]]).tolist()
+        sentences = [self._sentences.setdefault(place, {}) for place in batch["sentence"].tolist()]
+        for row, token, word in told_words(of_tokens[2]):
+            sentences[row][word] = self._labels[of_tokens[0][row][token]], self._labels[of_tokens[1][row][token]]
+        for sentence, words, tags in zip(sentences, *lost, strict=True):
+            sentence |= {word: (self._labels[tag], "O") for word, tag in zip(words, tags, strict=True) if word >= 0}
+
+    @property
+    def _true(self) -> list[list[str]]:
+        return [[words[i][0] for i in sorted(words)] for words in self._sentences.values()]
+
+    @property
+    def _predicted(self) -> list[list[str]]:
+        return [[words[i][1] for i in sorted(words)] for words in self._sentences.values()]
 
     def compute(self) -> dict[str, float]:
         from seqeval.metrics import f1_score, precision_score, recall_score
 
-        words = sum(len(row) for row in self._true)
-        hits = sum(t == p for a, b in zip(self._true, self._predicted, strict=True) for t, p in zip(a, b, strict=True))
+        true, predicted = self._true, self._predicted
+        pairs = [pair for words in self._sentences.values() for pair in words.values()]
         return {
-            "f1": float(f1_score(self._true, self._predicted, zero_division=0)),
-            "precision": float(precision_score(self._true, self._predicted, zero_division=0)),
-            "recall": float(recall_score(self._true, self._predicted, zero_division=0)),
-            "accuracy": hits / words,
+            "f1": float(f1_score(true, predicted, zero_division=0)),
+            "precision": float(precision_score(true, predicted, zero_division=0)),
+            "recall": float(recall_score(true, predicted, zero_division=0)),
+            "accuracy": sum(one == other for one, other in pairs) / len(pairs),
             "loss": self._loss / self._seen,
         }
 

@@ -27,8 +27,8 @@ FIELD = re.compile(r"([^\[\],]+)\[([^\]]*)\]")  # name[value], as E2E writes a f
 @dataclass(frozen=True, kw_only=True)
 class TableToText(TextToText):
     """BLEU, which is the score to watch, and ROUGE-L. Rows of one source (and one attribute) are one table: it is
-    written once, and compared to the targets of them all. `prefix` may name a column: "{attribute}: " has one table written in
-    several ways.
+    written once, and compared to the targets of them all. `prefix` may name a column: "{attribute}: " has one table
+    written in several ways.
 
     `must_contain`: fields whose values, as the source has them in field[value], have to occur in the text. `choices`:
     the only texts that may be written. Both hold whatever else is asked of the search, and of draws.

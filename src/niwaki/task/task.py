@@ -6,6 +6,7 @@ import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -73,6 +74,7 @@ class Task(abc.ABC):
     causal: ClassVar[bool] = False  # only a model that reads from left to right can do it
     writes: ClassVar[bool] = False  # texts, by a search over one token after another
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
+    unit: ClassVar[str] = "rows"  # what a split is counted in, once it is encoded
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)  # the features that hold tokens
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read, beside STARTS
     paper: ClassVar[str] = ""
@@ -168,6 +170,12 @@ class Task(abc.ABC):
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """Logits (positions, classes) of the positions that count."""
         return self.counted(outputs, batch)[0]
+
+    def owners(self, outputs: Any, batch: Batch) -> Tensor:
+        """For each position of `predictions` the row of the batch that it is of; only the outputs' shape counts."""
+        shape = outputs.logits.shape
+        rows = torch.arange(shape[0], device=outputs.logits.device).view(-1, *[1] * (len(shape) - 1))
+        return self.predictions(SimpleNamespace(logits=rows.expand(*shape[:-1], 1)), batch)[:, 0]
 
     @property
     def writing(self) -> dict[str, Any]:

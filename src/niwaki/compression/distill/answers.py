@@ -18,7 +18,6 @@ from torch.nn import functional
 from niwaki.compression.distill import remembered
 from niwaki.compression.distill.divergence import with_rest
 from niwaki.compression.distill.remembered import Ragged, Remembered
-from niwaki.compression.distill.states import owned
 from niwaki.errors import ConfigError
 from niwaki.model.teacher import Teacher
 from niwaki.stage import Context
@@ -115,15 +114,16 @@ class RememberedLogits(Remembered[Answers]):
     def _ask(self, batch: Mapping[str, Tensor]) -> tuple[Targets, Tensor]:
         """What the teacher says of the positions that count, and the row of each."""
         outputs = self.teacher.say(batch).outputs
-        self._by_token = outputs.logits.dim() > 2
-        logits, owner = owned(self._context.predictions, outputs, batch, batch["row"])
-        return self._kept.of(logits), owner
+        self._shape = outputs.logits.shape
+        owners = self._context.owners(outputs, batch)
+        return self._kept.of(self._context.predictions(outputs, batch)), batch["row"][owners]
 
     def _count(self, batch: Mapping[str, Tensor]) -> int:
         """How many positions of a batch count; no model has to read it."""
         read = batch.get("decoder_input_ids", batch["input_ids"])
-        shape = read.shape if self._by_token else read.shape[:1]
-        return len(self._context.predictions(SimpleNamespace(logits=torch.empty(*shape, 1)), batch))
+        shape = read.shape if len(self._shape) > 2 else read.shape[:1]
+        outputs = SimpleNamespace(logits=torch.zeros(()).expand(*shape, self._shape[-1]))
+        return len(self._context.owners(outputs, batch))
 
     def _check_space(self, folder: Path, bytes_each: int) -> None:
         """Raise ConfigError where the disk has no room for so many bytes of each position of all rows."""

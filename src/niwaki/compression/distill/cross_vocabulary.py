@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from niwaki.compression.distill.distillation import Compared, Lesson
 from niwaki.compression.distill.logits import softened_divergence
-from niwaki.compression.distill.states import owned
 from niwaki.errors import ConfigError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.teacher import Said, Teacher
@@ -62,8 +61,8 @@ class CrossVocabulary(Compared):
         distance = self.compare_tokens if tokens else self.compare_labels
 
         def compare(student: Said, teacher: Said, batch: Mapping[str, Tensor]) -> Tensor:
-            logits, *places = placed(context.predictions, student.outputs, batch)
-            others, *their_places = placed(context.predictions, teacher.outputs, teacher.batch)
+            logits, *places = placed(context, student.outputs, batch)
+            others, *their_places = placed(context, teacher.outputs, teacher.batch)
             ours, theirs = shared_places(places, their_places)
             return distance(logits[ours], others[theirs])
 
@@ -81,14 +80,13 @@ class CrossVocabulary(Compared):
         return softened_divergence(student, teacher, self.temperature)
 
 
-def placed(predictions: Any, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def placed(context: Context, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (positions, classes) of the positions that count, the row of each, and its number there: of the word, as
     `words` (rows, positions) has it where a task gives one, for not every tokenizer has a piece of each; else from the
     row's start."""
-    order = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
-    logits, rows = owned(predictions, outputs, batch, order)
+    logits, rows = context.predictions(outputs, batch), context.owners(outputs, batch)
     if "words" in batch:
-        return logits, rows, predictions(SimpleNamespace(logits=batch["words"][..., None]), batch)[:, 0]
+        return logits, rows, context.predictions(SimpleNamespace(logits=batch["words"][..., None]), batch)[:, 0]
     return logits, rows, from_start(rows)
 
 

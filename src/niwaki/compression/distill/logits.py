@@ -32,6 +32,8 @@ class Logits(Compared):
     KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al. 2023, arXiv:2306.13649); skewed_kl
     KL(p || alpha p + (1 - alpha) q), skewed_reverse_kl KL(q || alpha q + (1 - alpha) p) (Ko et al. 2024,
     arXiv:2402.03898).
+    Of a task whose answer is a number the two sides are normal distributions of variance 1 around theirs: half the
+    squared difference, whatever the temperature.
     `top_k`: of the classes that the teacher finds likeliest, and all others as one. `cache`: what the teacher says of
     the training rows is computed once, kept on disk and used again, by later runs too. The task's own loss is weighed
     by `task_weight` at the root of the config (0 learns from the teacher alone).
@@ -179,15 +181,18 @@ class Council:
 
 def mean_logits(logits: Iterable[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
     """Logits (n, classes) whose softened distribution is the weighted mean of the softened distributions of several;
-    over the classes that all of them have."""
+    over the classes that all of them have. Of numbers (n, 1) their weighted mean."""
     mean: Tensor | None = None
     for one, weight in zip(logits, weights, strict=True):
+        if one.shape[-1] == 1:
+            mean = one.float() * weight / sum(weights) + (0.0 if mean is None else mean)
+            continue
         classes = one.shape[-1] if mean is None else min(one.shape[-1], mean.shape[-1])
         logs = functional.log_softmax(one[..., :classes].float() / temperature, dim=-1)
         logs = logs + math.log(weight / sum(weights))
         mean = logs if mean is None else torch.logaddexp(mean[..., :classes], logs)
     assert mean is not None
-    return temperature * mean
+    return mean if mean.shape[-1] == 1 else temperature * mean
 
 
 def classes_of(anatomy: Anatomy) -> int:
@@ -202,10 +207,13 @@ def softened_divergence(
     measure: Callable[[Tensor, Tensor], Tensor] | None = None, top_k: int | None = None,
 ) -> Tensor:  # fmt: skip
     """T^2 times the divergence of the softened distributions (forward KL unless told otherwise), mean over rows; both
-    logits (n, classes). Classes that only one has are none: embeddings are often padded behind the vocabulary."""
+    logits (n, classes). Classes that only one has are none: embeddings are often padded behind the vocabulary. With
+    one class, a number, half the squared difference."""
     classes = min(student.shape[-1], teacher.shape[-1])
 
     def compare(student: Tensor, teacher: Tensor) -> Tensor:
+        if classes == 1:
+            return divergence.of_numbers(student.float(), teacher.float())
         logs = [
             functional.log_softmax(logits[..., :classes].float() / temperature, dim=-1) for logits in (student, teacher)
         ]

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.text import text_of
-
-
-def owned(predictions: Any, outputs: Any, batch: Mapping[str, Tensor], numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (positions, classes) of the positions that count, and for each the one of `numbers` (rows,) that is its
-    row's: `predictions` picks them from a row's number at every position as it does from logits."""
-    rows = numbers.view(-1, *[1] * (outputs.logits.dim() - 1))
-    numbered = SimpleNamespace(logits=rows.expand(*outputs.logits.shape[:-1], 1))
-    logits, owner = (predictions(one, batch) for one in (outputs, numbered))
-    return logits, owner[:, 0]
 
 
 def mean_over(values: Tensor, where: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from niwaki.compression.calibration import (
     replayed,
     to_device,
 )
-from niwaki.compression.distill.divergence import kl
+from niwaki.compression.distill.divergence import kl, of_numbers
 from niwaki.compression.quantize.gptq import GPTQ, rounded
 from niwaki.compression.quantize.integers import to_integers
 from niwaki.compression.quantize.layout import Layout, check_bits
@@ -205,7 +205,10 @@ def alone(linear: nn.Linear, layout: Layout) -> Iterator[None]:
 
 
 def divergence(first: Tensor, second: Tensor) -> float:
-    """Sum over rows of KL(softmax(first) || softmax(second)), of logits (n, classes), in float64."""
+    """Sum over rows of KL(softmax(first) || softmax(second)), of logits (n, classes), in float64; of numbers (n, 1)
+    that of normal distributions of variance 1 around them."""
+    if first.shape[-1] == 1:
+        return len(first) * float(of_numbers(first.double(), second.double()))
     most = max(1, LARGEST_PART // first.shape[-1])
     pairs = zip(first.split(most), second.split(most), strict=True)
     return sum(len(a) * float(kl(*(functional.log_softmax(side.double(), -1) for side in (a, b)))) for a, b in pairs)

@@ -120,8 +120,12 @@ class ListProblems(Generated):
 
         cases = [[], *([draws.pick(kind.elements) for _ in range(draws.between(6, 9))] for _ in range(6))]
         answers = [gathered.does([changed.does(x) for x in case if kept.does(x, size)]) for case in cases]
-        examples = [f"    >>> {name}({case})\n    {found!r}\n" for case, found in zip(cases[5:], answers[5:], strict=True)]
-        asserts = [f"    assert candidate({case}) == {found!r}\n" for case, found in zip(cases[:5], answers, strict=False)]
+        examples = [
+            f"    >>> {name}({case})\n    {found!r}\n" for case, found in zip(cases[5:], answers[5:], strict=True)
+        ]
+        asserts = [
+            f"    assert candidate({case}) == {found!r}\n" for case, found in zip(cases[:5], answers, strict=False)
+        ]
         asked = f"Return {gathered.words} {kept.words}{changed.words}.".format(size=size)
         return [
             {

@@ -14,7 +14,11 @@ BOOKING = {  # what must be known: how it is asked for, how it is given
     "hour": ("At what time?", ("At {}.", "Around {}.", "We would like to come at {}.")),
     "name": ("Under which name?", ("{}.", "My name is {}.", "{}, please.")),
 }
-OPENINGS = ("Hello, I would like to book a table{}.", "Good evening, do you have a table{}?", "Hi, can I reserve a table{}?")
+OPENINGS = (
+    "Hello, I would like to book a table{}.",
+    "Good evening, do you have a table{}?",
+    "Hi, can I reserve a table{}?",
+)
 PRICES = {"coffee": 3, "tea": 2, "lemonade": 4, "sandwich": 6, "pancake": 5, "muffin": 3}  # euros
 STREET = "bank bakery church cinema library museum pharmacy school station theatre".split()  # from the west to the east
 
@@ -54,7 +58,11 @@ def _book(draws: Draws) -> Talk:
     talk.append(_repeat(values))
     if draws.chance(0.5):
         fact, changed = draws.pick(
-            (("people", in_words(draws.between(2, 9))), ("day", draws.pick(DAYS)), ("hour", in_words(draws.between(5, 10))))
+            (
+                ("people", in_words(draws.between(2, 9))),
+                ("day", draws.pick(DAYS)),
+                ("hour", in_words(draws.between(5, 10))),
+            )
         )
         if changed != values[fact]:
             values[fact] = changed
@@ -78,7 +86,10 @@ def _order(draws: Draws) -> Talk:
     if draws.chance(0.4) and len(counts) > 1:
         gone = draws.pick(list(counts))
         things = _plural(gone, counts.pop(gone))
-        talk += [f"I have changed my mind: please leave out the {things}.", f"Fine, without the {things}. Anything else?"]
+        talk += [
+            f"I have changed my mind: please leave out the {things}.",
+            f"Fine, without the {things}. Anything else?",
+        ]
     total = sum(PRICES[thing] * count for thing, count in counts.items())
     talk += ["No, that is all.", f"So that is {_things(counts)}. {total} euros, please."]
     note = next(note for note in (5, 10, 20, 50, 100) if note >= total)
@@ -96,8 +107,14 @@ def _plural(thing: str, count: int) -> str:
 
 def _find(draws: Draws) -> Talk:
     start, goal, further = draws.some(STREET, 3)
-    opening = draws.pick(("Excuse me, how do I get to the {}?", "Hello, where is the {}, please?", "I am looking for the {}."))
-    talk = [opening.format(goal), "Where are you now?", f"{draws.pick(('I am at the', 'Right in front of the', 'At the'))} {start}."]
+    opening = draws.pick(
+        ("Excuse me, how do I get to the {}?", "Hello, where is the {}, please?", "I am looking for the {}.")
+    )
+    talk = [
+        opening.format(goal),
+        "Where are you now?",
+        f"{draws.pick(('I am at the', 'Right in front of the', 'At the'))} {start}.",
+    ]
     talk.append(_way(start, goal))
     talk += [f"And from there to the {further}?", _way(goal, further)]
     return [*talk, f"And how do I get back to the {start}?", _way(further, start)] if draws.chance(0.5) else talk

@@ -109,7 +109,10 @@ class Generated(Source):
 
     def _dealt(self, groups: list[tuple[str, list[Row]]]) -> dict[str, list[Row]]:
         """Test and validation take the groups of the lowest hashes, each until it has its share."""
-        room = {"test": round(self.test_fraction * self.rows), "validation": round(self.validation_fraction * self.rows)}
+        room = {
+            "test": round(self.test_fraction * self.rows),
+            "validation": round(self.validation_fraction * self.rows),
+        }
         split_of: dict[str, str] = {}
         for identity, rows in sorted(groups, key=lambda group: _hash(group[0])):
             split = next((split for split, free in room.items() if free > 0), "train")

@@ -22,7 +22,9 @@ ORDERS = {
     ("shortest", "longest"): "second, minute, hour, day, week, month, year, century".split(", "),
     ("slowest", "fastest"): "snail, person on foot, bicycle, express train, jet plane, space rocket".split(", "),
     ("smallest", "largest"): "village, town, big city, country, continent, planet".split(", "),
-    ("coldest", "hottest"): "ice cube, glass of tap water, bath for a baby, cup of fresh coffee, candle flame".split(", "),
+    ("coldest", "hottest"): "ice cube, glass of tap water, bath for a baby, cup of fresh coffee, candle flame".split(
+        ", "
+    ),
 }
 MEANS = {
     "cut a piece of paper": "pair of scissors",

@@ -11,7 +11,12 @@ GENRES = {
     "crime": ("Murder in the {place}", "The {place} Detective", "A Body at the {place}", "Thieves of the {place}"),
     "science": ("The {place} on Mars", "Robots of the {place}", "The Starship {place}", "The Galactic {place}"),
     "cooking": ("Recipes from the {place}", "Soups of the {place}", "Baking at the {place}", "The {place} Cookbook"),
-    "history": ("The {place} Emperors", "Kings of the {place}", "The {place} in the Middle Ages", "The Siege of the {place}"),
+    "history": (
+        "The {place} Emperors",
+        "Kings of the {place}",
+        "The {place} in the Middle Ages",
+        "The Siege of the {place}",
+    ),
 }
 PLACES = """Lighthouse Harbour Castle Orchard Library Theatre Valley Island Mill Bridge Tower Garden Museum Hotel Railway
     Monastery""".split()
