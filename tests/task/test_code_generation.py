@@ -34,7 +34,9 @@ def test_pass_at_k_is_the_share_of_draws_with_one_that_passes(samples: int) -> N
 
 
 def test_programs_of_both_kinds() -> None:
-    of_body, of_program = (program(*(ROWS[name][i] for name in ("prompt", "solution", "tests", "entry_point"))) for i in (0, 1))
+    of_body, of_program = (
+        program(*(ROWS[name][i] for name in ("prompt", "solution", "tests", "entry_point"))) for i in (0, 1)
+    )
     assert of_body == (HEAD + "    return 2 * x\n", ROWS["tests"][0] + "\ncheck(double)\n")
     assert of_program == (ROWS["solution"][1], ROWS["tests"][1])
     assert all(one.passed for one in sandbox.run_all([of_body, of_program]))
@@ -64,8 +66,12 @@ def test_spaces_of_the_first_line_stay() -> None:
     plain = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Metaspace()
     plain.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
-    source, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("def f(x):\n", "    return x"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    source, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("def f(x):\n", "    return x")
+    )
     answer = [3, 3, 3, 3, *tokenizer("return", add_special_tokens=False)["input_ids"][1:], 1]
     batch = IN_LINE.collate([{"input_ids": [0, *source]}], tokenizer)
     assert tokenizer.decode(answer, skip_special_tokens=True) == "   return"
@@ -77,7 +83,9 @@ def test_right_answers_pass_and_wrong_ones_do_not(family: str, monkeypatch: pyte
     task = CodeGeneration(max_length=120, max_target_length=40, samples=3, k=[1, 2], do_sample=True)
     model, tokenizer = tiny(family, task)
     scores: Any = task.scores((), tokenizer)
-    drawn = iter([["    return 2 * x", "x"], ["    return x", "x"], ["    return 2 * x\nprint(", "def double(x): return x * 2"]])
+    drawn = iter(
+        [["    return 2 * x", "x"], ["    return x", "x"], ["    return 2 * x\nprint(", "def double(x): return x * 2"]]
+    )
     monkeypatch.setattr(scores, "read", lambda batch, written: next(drawn))
     task.score(scores, model, batch_of(task, tokenizer, ROWS))
     found = scores.compute()
@@ -120,7 +128,7 @@ def test_where_there_is_no_sandbox_the_task_is_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sandbox, "check", none)
     model, _ = tiny("llama", CodeGeneration())
-    with pytest.raises(ConfigError, match="task.unsafe=false"):
+    with pytest.raises(ConfigError, match=r"task.unsafe=false"):
         CodeGeneration().check(Anatomy.of(model))
     CodeGeneration(unsafe=True).check(Anatomy.of(model))
 

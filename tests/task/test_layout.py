@@ -39,7 +39,11 @@ def test_the_loss_is_of_the_targets_alone(family: str) -> None:
     batch = batch_of(task(), tokenizer, ROWS)
     total, count = 0.0, 0
     for source, target in zip(ROWS["source"], ROWS["target"], strict=True):
-        before = [tokenizer.bos_token_id, *tokenizer(source, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        before = [
+            tokenizer.bos_token_id,
+            *tokenizer(source, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
         answer = [*tokenizer(target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
             logits = model(torch.tensor([before + answer])).logits[0]

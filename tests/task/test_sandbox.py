@@ -39,8 +39,9 @@ def test_right_passes_and_wrong_does_not() -> None:
 
 def test_what_solutions_use_works() -> None:
     imports = (
-        "import array, bisect, collections, copy, csv, dataclasses, datetime, decimal, enum, fractions, functools, hashlib, "
-        "heapq, itertools, json, math, operator, random, re, statistics, string, sys, threading, time, typing, zoneinfo\n"
+        "import array, bisect, collections, copy, csv, dataclasses, datetime, decimal, enum, fractions, functools, "
+        "hashlib, heapq, itertools, json, math, operator, random, re, statistics, string, sys, threading, time, "
+        "typing, zoneinfo\n"
         "found = []\none = threading.Thread(target=found.append, args=(4,))\none.start()\none.join()\n"
         "open('own', 'w').write('4')\n@dataclasses.dataclass\nclass A:\n    x: int = 4\n"
     )
@@ -66,7 +67,7 @@ def test_sets_have_one_order() -> None:
         "exit()",
         "import os\n[os.close(fd) for fd in range(3, 32)]",
         "import os\n[os.write(fd, b'RP' + b'0' * 32) for fd in range(3, 32) if not os.fstat(fd)]",
-        "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\nbuiltins.AssertionError = ValueError",
+        "import builtins\nbuiltins.exec = builtins.compile = print\nbuiltins.AssertionError = ValueError",
     ],
 )
 def test_to_end_early_is_not_to_pass(attack: str) -> None:
@@ -88,7 +89,10 @@ def test_tests_cannot_be_swallowed() -> None:
 
 
 def test_a_forged_report_is_none() -> None:
-    forged = "import os\nfor fd in range(3, 32):\n    try:\n        os.write(fd, b'P' + b'0' * 32)\n    except OSError:\n        pass\n"
+    forged = (
+        "import os\nfor fd in range(3, 32):\n"
+        "    try:\n        os.write(fd, b'P' + b'0' * 32)\n    except OSError:\n        pass\n"
+    )
     assert not run(forged + RIGHT, TESTS, QUICK).passed
 
 
@@ -123,7 +127,8 @@ def test_there_is_no_network() -> None:
 
 def test_nobody_is_signalled(tmp_path: Path) -> None:
     for attack in (
-        "import os\nos.kill(os.getppid(), 9)", "import os\nos.kill(-1, 9)", "import os\nos.killpg(os.getpgid(os.getppid()), 9)",
+        "import os\nos.kill(os.getppid(), 9)", "import os\nos.kill(-1, 9)",
+        "import os\nos.killpg(os.getpgid(os.getppid()), 9)",
         f"import os\nos.kill({os.getpid()}, 15)",
         "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())",
         "import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
@@ -143,9 +148,10 @@ def test_files_of_others_are_neither_read_nor_written(tmp_path: Path) -> None:
         f"import os\nos.chmod({str(victim)!r}, 0o777)", f"import os\nos.utime({str(victim)!r})",
         f"import os\nos.symlink({str(victim)!r}, 'own')\nopen('own', 'w')", "import os\nos.mkdir('deep')",
         f"import os\nos.listdir({str(tmp_path)!r})", f"import shutil\nshutil.rmtree({str(tmp_path)!r})",
-        "open('/proc/self/mem', 'w')", "open('/etc/passwd')", "import os\nos.chroot('.')", "import os\nos.mkfifo('pipe')",
+        "open('/proc/self/mem', 'w')", "open('/etc/passwd')", "import os\nos.chroot('.')",
+        "import os\nos.mkfifo('pipe')",
     ):  # fmt: skip
-        fails(attack, "PermissionError")
+        fails(attack, "cross-device" if "os.link" in attack else "PermissionError")
     assert victim.read_text() == "mine"
     assert victim.stat().st_mode & 0o777 != 0o777
     assert list(tmp_path.iterdir()) == [victim]
@@ -163,8 +169,8 @@ def test_output_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
     said = capfd.readouterr()
     assert said.out == said.err == ""
     fails("raise ValueError('x' * 10**7)", "ValueError: xxx")
-    fails("import os\nwhile True:\n    for fd in range(3, 32):\n        try: os.write(fd, b'x' * 4096)\n        except OSError: pass",
-          "said too much")  # fmt: skip
+    everywhere = "for fd in range(3, 32):\n        try: os.write(fd, b'x' * 4096)\n        except OSError: pass"
+    fails(f"import os\nwhile True:\n    {everywhere}", "said too much")
 
 
 def test_there_is_no_input() -> None:
@@ -201,6 +207,6 @@ def test_without_isolation_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     source = sandbox.CHILD.read_text().replace('called(library, "prctl", 22, 2', 'called(library, "prctl", 22, 99')
     broken.write_text(source)
     monkeypatch.setattr(sandbox, "CHILD", broken)
-    with pytest.raises(ConfigError, match="task.unsafe=false: this machine cannot isolate a process"):
+    with pytest.raises(ConfigError, match=r"task.unsafe=false: this machine cannot isolate a process"):
         run(RIGHT, TESTS)
     assert run(RIGHT, TESTS, isolated=False) == Outcome(True)

@@ -20,7 +20,7 @@ ROWS = {"text": ["thank you for inviting me to your party last week", "a second 
 
 def test_the_case_of_the_paper() -> None:
     """Thank you <X> me to your party <Y> week -> <X> for inviting <Y> last <Z>: figure 2 of Raffel et al."""
-    words = "Thank you for inviting me to your party last week".split()
+    words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
     number = {word: i for i, word in enumerate(words)}
     ids = [number[word] for word in words]
     source, target = corrupted(ids[:-1], [2, 4], [2, 1], [-1, -2, -3])
@@ -111,7 +111,7 @@ def test_what_was_written_is_read_by_sentinel() -> None:
 def test_models_and_tokenizers_that_cannot_are_refused() -> None:
     with pytest.raises(ConfigError, match="llama is one of the two"):
         SpanCorruption().check_config(Tiny(name="llama").config())
-    with pytest.raises(ConfigError, match="has 0 sentinels <extra_id_..>, and a block needs 9"):
+    with pytest.raises(ConfigError, match=r"has 0 sentinels <extra_id_..>, and a block needs 8"):
         features(SpanCorruption(), Tiny(name="bart").tokenizer(), ROWS)
     assert edges(Tiny(name="t5").tokenizer()) == ([2], [3])
     for settings, message in (

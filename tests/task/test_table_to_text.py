@@ -26,7 +26,9 @@ def test_a_table_is_written_once_and_compared_to_all(family: str, monkeypatch: p
     asked: list[int] = []
     own = TableToText.answered
     monkeypatch.setattr(
-        TableToText, "answered", lambda self, model, batch: asked.append(len(batch["reference"])) or own(self, model, batch)
+        TableToText,
+        "answered",
+        lambda self, model, batch: asked.append(len(batch["reference"])) or own(self, model, batch),
     )
     for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
         task.score(scores, model, {name: tensor[part] for name, tensor in whole.items()})
@@ -48,9 +50,9 @@ def test_an_attribute_steers() -> None:
     assert [text.replace(" ", "") for text in texts] == ["long:a[b]", "brief:a[b]"]
     with pytest.raises(DataError, match="the rows have no column 'attribute'"):
         features(task, tokenizer, {"source": ["a"], "target": ["b"]})
-    with pytest.raises(ConfigError, match="'style' is no column that may be named there"):
+    with pytest.raises(ConfigError, match=r"'style' is no column that may be named there"):
         TableToText(prefix="{style}: ")
-    with pytest.raises(ConfigError, match="write {{ for a brace"):
+    with pytest.raises(ConfigError, match=r"write {{ for a brace"):
         TableToText(prefix="{")
 
 

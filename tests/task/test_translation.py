@@ -20,8 +20,8 @@ from niwaki.model.anatomy import Anatomy
 from niwaki.model.load import DECODER_START, Pretrained
 from niwaki.model.text import in_decoder, text_of
 from niwaki.pipeline import read
-from niwaki.task.task import IGNORED, until_end
 from niwaki.task.layout import told
+from niwaki.task.task import IGNORED, until_end
 from niwaki.task.translation import Translation, TranslationScores
 
 FAMILIES = ["bart", "t5"]

@@ -52,8 +52,8 @@ class Export(abc.ABC):
             raise ConfigError(f"export={self.name}: needs {missing[0]}; pip install 'niwaki[{self.extra}]'")
         if task.writes and not (self.texts or task.name == "causal_lm"):
             raise ConfigError(
-                f"export={self.name}: task={task.name} writes texts by a decoder with a cache, for which this format has "
-                "no graphs; export=onnx and export=hf can"
+                f"export={self.name}: task={task.name} writes texts by a decoder with a cache, for which this format "
+                "has no graphs; export=onnx and export=hf can"
             )
 
     def conflict(self, stages: Sequence[Stage]) -> str | None:

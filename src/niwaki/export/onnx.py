@@ -62,9 +62,7 @@ class Onnx(Export):
     def check(self, task: Task, anatomy: Anatomy) -> None:
         super().check(task, anatomy)
         if task.writes and task.name != "causal_lm" and not self.cache:
-            raise ConfigError(
-                f"export.onnx.cache=false: task={task.name} goes by a decoder with a cache; needs true"
-            )
+            raise ConfigError(f"export.onnx.cache=false: task={task.name} goes by a decoder with a cache; needs true")
         model: Any = anatomy.model
         if self.writes(task) and not model.config.is_encoder_decoder:
             refuse_virtual(anatomy)

@@ -110,8 +110,8 @@ def texts_in(values: Any) -> Iterator[str]:
 
 
 def byte_pairs(texts: Iterator[str], size: int, *, lower: bool) -> Any:
-    """A byte-level BPE tokenizer, learned from `texts`, in lower case or not; any text can be written in it. Its training
-    gives the same tokens in every process, which that of WordPiece does not.
+    """A byte-level BPE tokenizer, learned from `texts`, in lower case or not; any text can be written in it. It is the
+    same in every process, as one of WordPiece would not be.
 
     Raises:
         DataError: there is nothing to learn from.

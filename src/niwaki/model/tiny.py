@@ -92,7 +92,9 @@ class Tiny(Pretrained):
 
         plain = AutoConfig.for_model(self.name)
         sizes = {name: value for name, value in SIZES.items() if hasattr(plain, name)}
-        return self.changed(AutoConfig.for_model(self.name, vocab_size=len(pieces(self.name)), **sizes, **FAMILIES[self.name]))
+        return self.changed(
+            AutoConfig.for_model(self.name, vocab_size=len(pieces(self.name)), **sizes, **FAMILIES[self.name])
+        )
 
     def carried(self) -> list[Edit]:
         return []

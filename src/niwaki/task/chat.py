@@ -48,8 +48,8 @@ def rendered(messages: Sequence[Message], tokenizer: Any, *, asked: bool = False
 
 
 def parts(messages: Sequence[Message], tokenizer: Any, turns: Turns) -> list[tuple[str, bool]]:
-    """A talk whose last turn is the assistant's, in pieces: (text, whether the assistant says it). What stands behind the
-    mark that ends a turn is not the assistant's, be it a line break.
+    """A talk whose last turn is the assistant's, in pieces: (text, whether the assistant says it). What stands behind
+    the mark that ends a turn is not the assistant's, be it a line break.
 
     Raises:
         ConfigError: the template writes a turn otherwise once others follow, so that its place cannot be told.
@@ -78,8 +78,8 @@ def tokens_of(
     messages: Sequence[Message], tokenizer: Any, turns: Turns, most: int
 ) -> tuple[list[int], list[bool], list[int]]:
     """The tokens before the last answer, which of them an earlier answer says, and those of the last answer, at most
-    `most`. Each piece is encoded by itself, as it is where a model answers, so no token crosses from one to another; the
-    tokenizer's end token ends an answer where the template has none."""
+    `most`. Each piece is encoded by itself, as it is where a model answers, so no token crosses from one to another;
+    the tokenizer's end token ends an answer where the template has none."""
     known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     pieces = []
     for text, said in parts(messages, tokenizer, turns):
@@ -96,7 +96,8 @@ def tokens_of(
 
 def encoded(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a piece, the special ones that the template spells among them."""
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    spelled = {"add_special_tokens": False, "split_special_tokens": False}
+    found: list[int] = tokenizer(text, verbose=False, **spelled)["input_ids"]
     return found
 
 

@@ -93,7 +93,9 @@ class CodeGeneration(TextToText):
         scores.update(model(**self.inputs(batch)), batch)
         assert isinstance(scores, PassScores)
         drawn = [scores.read(batch, self.answered(model, batch, number)) for number in range(self.samples)]
-        for (prompt, tests, name), texts in zip(references_of(batch["reference"]), zip(*drawn, strict=True), strict=True):
+        for (prompt, tests, name), texts in zip(
+            references_of(batch["reference"]), zip(*drawn, strict=True), strict=True
+        ):
             scores.take(prompt, tests, name, [self.ended(prompt, text) for text in texts])
 
     def ended(self, prompt: str, text: str) -> str:
@@ -168,7 +170,9 @@ class PassScores(TextScores):
 
     def compute(self) -> dict[str, float]:
         due = self._problems[len(self.outcomes) :]
-        found = iter(sandbox.run_all([one for problem in due for one in problem], self._limits, isolated=self._isolated))
+        found = iter(
+            sandbox.run_all([one for problem in due for one in problem], self._limits, isolated=self._isolated)
+        )
         self.outcomes += [[next(found) for _ in problem] for problem in due]
         right = [(len(one), sum(outcome.passed for outcome in one)) for one in self.outcomes]
         return {

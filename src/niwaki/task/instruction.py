@@ -22,10 +22,10 @@ from niwaki.task.text_to_text import BETWEEN, TextScores, TextToText
 class Instruction(TextToText):
     """-log p of what the assistant says, the end of each of its turns included; what others say is read alone.
 
-    A talk is written by the tokenizer's chat template, or one that is then saved with it (`chat.DEFAULT`), up to the last
-    turn of the assistant. `turns`: which of its turns are learned; an encoder with a decoder reads all but the last.
-    What does not fit in `max_length` is left out from the oldest question on, the system text last; of one question that
-    is too long, the beginning. The scores beside perplexity are of the last turn, as the model writes it.
+    A talk is written by the tokenizer's chat template, or one that is then saved with it (`chat.DEFAULT`), up to the
+    last turn of the assistant. `turns`: which of its turns are learned; where an encoder reads, that is the last alone.
+    What does not fit in `max_length` is left out from the oldest question on, the system text last; of one question
+    that is too long, the beginning. The scores beside perplexity are of the last turn, as the model writes it.
     """
 
     needs: ClassVar[Needs] = Needs(required=("messages",))

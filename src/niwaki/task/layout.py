@@ -1,5 +1,5 @@
-"""Where a source and its target stand in a batch: in an encoder and a decoder, or one behind the other in a decoder that
-stands alone (Liu et al. 2018, arXiv:1801.10198)."""
+"""Where a source and its target stand in a batch: in an encoder and a decoder, or one behind the other in a decoder
+that stands alone (Liu et al. 2018, arXiv:1801.10198)."""
 
 from __future__ import annotations
 

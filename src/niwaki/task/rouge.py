@@ -1,4 +1,4 @@
-"""ROUGE: n-grams and subsequences that a text shares with references (Lin 2004, W04-1013), by the rouge-score package."""
+"""ROUGE: n-grams and subsequences that a text shares with references (Lin 2004, W04-1013), by rouge-score."""
 
 from __future__ import annotations
 

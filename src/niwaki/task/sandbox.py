@@ -96,7 +96,9 @@ def run(solution: str, tests: str, limits: Limits | None = None, *, isolated: bo
 def pipes() -> Iterator[tuple[list[FileIO], list[FileIO]]]:
     """Two pipes (to read, to write). As files, which close once: a number may be another thread's by then."""
     with ExitStack() as ends:
-        found = [[ends.enter_context(FileIO(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True)] for _ in "12"]
+        found = [
+            [ends.enter_context(FileIO(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True)] for _ in "12"
+        ]
         yield found[0], found[1]
 
 
@@ -149,12 +151,10 @@ def size_of(folder: Path) -> int:
     return total
 
 
-def run_all(
-    programs: list[tuple[str, str]], limits: Limits | None = None, *, isolated: bool = True
-) -> list[Outcome]:
+def run_all(programs: list[tuple[str, str]], limits: Limits | None = None, *, isolated: bool = True) -> list[Outcome]:
     """The outcome of each (solution, tests), as many at once as there are processors for this process."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
-        return list(pool.map(lambda pair: run(*pair, limits, isolated=isolated), programs))
+        return list(pool.map(lambda one: run(one[0], one[1], limits, isolated=isolated), programs))
 
 
 @cache

@@ -1,9 +1,9 @@
-"""What runs inside of the sandbox, in an interpreter of its own with the standard library alone: it gives up what it may
-do, runs a solution and then its tests, and says that they ran. `sandbox.py` starts it, by its path.
+"""What runs inside of the sandbox, in an interpreter of its own with the standard library alone: it gives up what it
+may do, runs a solution and then its tests, and says that they ran. `sandbox.py` starts it, by its path.
 
-Given up, by Linux's own means, none of which needs root: limits of memory, processor, files (setrlimit); reading but for
-Python's own files and writing but for one folder (Landlock, kernel 5.13); and, by a filter of system calls (seccomp),
-sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files, and every
+Given up, by Linux's own means, none of which needs root: limits of memory, processor, files (setrlimit); reading but
+for Python's own files and writing but for one folder (Landlock, kernel 5.13); and, by a filter of system calls
+(seccomp), sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files, and every
 call that is newer than the list below.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from niwaki.task.text_to_text import TextToText
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # tokens (texts, tokens), scores (texts, classes) -> scores
+Change = Callable[[Sequence[int], int], Processor]  # numbers of rows, tokens before the first that is written
 OF_DRAWS = ("temperature", "top_k", "top_p")
 OF_ANY = ("min_target_length", "length_penalty", "no_repeat_ngram_size", "repetition_penalty")
 REPEATS = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}  # by transformers' names, with what leaves them off
@@ -25,12 +26,11 @@ REPEATS = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}  # by transform
 class Search:
     """The settings of one search, and what changes the scores of each row on its way: a constraint, a draw.
 
-    `processors`: (numbers of the rows, tokens before the first that is written) -> a change of scores; it is called
-    for as many texts a row as there are beams.
+    `processors` are called for as many texts a row as there are beams.
     """
 
     settings: Mapping[str, Any]
-    processors: Sequence[Callable[[Sequence[int], int], Processor]] = field(default=())
+    processors: Sequence[Change] = ()
 
     def of(self, rows: Sequence[int], begin: int) -> dict[str, Any]:
         """What generate takes to write these rows of a batch."""
@@ -56,13 +56,16 @@ def check(task: TextToText) -> None:
         _check(task, name, getattr(task, name) is None or getattr(task, name) > 0, "null or a number above 0")
     _check(task, "top_p", task.top_p is None or 0 < task.top_p <= 1, "null or a number above 0, up to 1")
     _check(
-        task, "min_target_length", task.min_target_length is None or 1 <= task.min_target_length < task.max_target_length,
+        task, "min_target_length",
+        task.min_target_length is None or 1 <= task.min_target_length < task.max_target_length,
         f"null or a whole number from 1, below task.max_target_length={task.max_target_length}",
     )  # fmt: skip
     unread = [name for name in OF_DRAWS if getattr(task, name) is not None]
     if unread and not task.do_sample:
         name = unread[0]
-        raise ConfigError(f"task.{name}={getattr(task, name)}: is read where texts are drawn; needs task.do_sample=true")
+        raise ConfigError(
+            f"task.{name}={getattr(task, name)}: is read where texts are drawn; needs task.do_sample=true"
+        )
     if task.do_sample and task.num_beams > 1:
         raise ConfigError(f"task.num_beams={task.num_beams}: texts are searched or drawn; needs 1 with do_sample=true")
     if task.length_penalty is not None and task.num_beams == 1:
@@ -90,7 +93,7 @@ def settings_of(task: TextToText, num_beams: int) -> dict[str, Any]:
     return plain | {name: value for name, value in asked.items() if value is not None}
 
 
-def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0) -> Callable[[Sequence[int], int], Processor]:
+def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0) -> Change:
     """A change of scores after which the likeliest token is one that was drawn (the Gumbel-max trick: argmax of log p +
     noise has the distribution p). The noise of a row comes from the task's seed, its source and `number` alone, so
     neither the batch nor the order of rows makes a difference."""

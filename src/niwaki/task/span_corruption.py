@@ -142,9 +142,9 @@ class SpanCorruption(Task):
     ) -> Iterator[dict[str, Any]]:
         end, known = end_of(tokenizer), sentinels_of(tokenizer, 1)
         for part in batched(rows):
-            given = [row["text"] for row in part]
-            spelled = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
-            texts = tokenizer(given, **spelled)["input_ids"]
+            texts = tokenizer(
+                [row["text"] for row in part], add_special_tokens=False, split_special_tokens=False, verbose=False
+            )["input_ids"]
             for row, ids in zip(part, texts, strict=True):
                 if not set(known) & set(ids):
                     raise DataError(
@@ -172,8 +172,9 @@ def sentinels_of(tokenizer: Any, least: int) -> list[int]:
         found.append(vocabulary[token])
     if len(found) < least:
         raise ConfigError(
-            f"task=span_corruption: the tokenizer of {tokenizer.name_or_path or 'the model'!r} has {len(found)} sentinels "
-            f"<extra_id_..>, and a block needs {least}; needs a model such as T5, which has 100, or a lower task.max_length"
+            f"task=span_corruption: the tokenizer of {tokenizer.name_or_path or 'the model'!r} has {len(found)} "
+            f"sentinels <extra_id_..>, and a block needs {least}; needs a model such as T5, which has 100, or a lower "
+            "task.max_length"
         )
     return found
 

@@ -45,4 +45,6 @@ class SummaryScores(TextScores):
         """What `compute` did."""
         stems = ", stems" if self._words == "english" else ""
         several = max(map(len, self.references))
-        return {"signatures": {"rouge": f"rouge-score F1, {self._words} words{stems}, best of up to {several} references"}}
+        return {
+            "signatures": {"rouge": f"rouge-score F1, {self._words} words{stems}, best of up to {several} references"}
+        }

@@ -111,14 +111,18 @@ class TextToText(Task):
             )
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
-        sources = self._read(rows, tokenizer)
+        read = self._given(rows, tokenizer)
         targets = layout_for(tokenizer).targets(rows[self.answer], tokenizer, self.max_target_length)
         return {
-            "input_ids": sources,
+            **read,
             "labels": targets,
             "reference": [list(bytes([BETWEEN]).join(map(str.encode, texts))) for texts in self._right(rows)],
-            "length": [len(source) + len(target) for source, target in zip(sources, targets, strict=True)],
+            "length": [len(source) + len(target) for source, target in zip(read["input_ids"], targets, strict=True)],
         }
+
+    def _given(self, rows: Rows, tokenizer: Any) -> Rows:
+        """The features of rows that are to be answered."""
+        return {"input_ids": self._read(rows, tokenizer)}
 
     def _read(self, rows: Rows, tokenizer: Any) -> list[list[int]]:
         """The tokens that stand before a target."""
@@ -169,15 +173,19 @@ class TextToText(Task):
         return {name: getattr(self, name) for name in ("max_target_length", *search.OF_ANY)}
 
     def write(self, model: Any, batch: Batch, *, num_beams: int) -> Tensor:
-        return layout_of(batch).write(model, batch, Search(search.settings_of(self, num_beams)))
+        return layout_of(batch).write(model, batch, self._search(model, batch, num_beams))
+
+    def _search(self, model: Any, batch: Batch, num_beams: int, *changes: search.Change) -> Search:
+        """The settings and the changes of scores with which a batch is answered."""
+        return Search(search.settings_of(self, num_beams), changes)
 
     def answered(self, model: Any, batch: Batch, number: int = 0) -> Tensor:
-        """What a model writes in answer to a batch, searched or drawn as the task says; each `number` is another draw."""
+        """What a model writes in answer to a batch, searched or drawn as the task says; each `number` draws anew."""
         if not self.do_sample:
             return self.write(model, batch, num_beams=self.num_beams)
         layout = layout_of(batch)
         drawn = search.draw(self, layout.sources(batch), number)
-        return layout.write(model, batch, Search(search.settings_of(self, 1), [drawn]))
+        return layout.write(model, batch, self._search(model, batch, 1, drawn))
 
     def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:
         return layout_of(batch).retold(batch, written)
@@ -203,7 +211,8 @@ class TextToText(Task):
         """Batches of rows that are to be answered, with the rows."""
         for part in batched(rows):
             columns = {name: [row[name] for row in part] for name in part[0]}
-            features = [{"input_ids": ids} for ids in self._read(columns, tokenizer)]
+            given = self._given(columns, tokenizer)
+            features = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
             yield {name: value.to(model.device) for name, value in self.collate(features, tokenizer).items()}, part
 
 
@@ -245,7 +254,7 @@ class TextScores(LikelihoodScores):
         self.references += references_of(references)
 
     @property
-    def streams(self) -> list[list[str | None]]:
-        """The references as sacrebleu takes them: the first of every row, the second, ...; None where a row has fewer."""
+    def streams(self) -> list[Any]:
+        """The references as sacrebleu takes them: the first of every row, the second, ...; None where one has fewer."""
         most = max(map(len, self.references))
         return [[one[i] if i < len(one) else None for one in self.references] for i in range(most)]
