@@ -86,6 +86,7 @@ def test_what_needs_a_fit_is_refused_without_rows(recipe: Callable[..., Any]) ->
 
 def test_features_of_another_form_are_cached_apart(begun: Callable[..., Any]) -> None:
     """The same tokenizer, the same rows; what the model reads differs."""
-    plain, asked = (begun(f"task.head={name}")[1].features["test"]["input_ids"][:] for name in ("linear", "prompt"))
-    hinted = begun("task.head=prompt", "model=tiny-llama")[1].features["test"]["input_ids"][:]
+    words = "task.verbalizer={red: r, green: g, blue: b}"
+    chosen = [], ["task.head=prompt", words], ["task.head=prompt", words, "model=tiny-llama"]
+    plain, asked, hinted = (begun(*one)[1].features["test"]["input_ids"][:] for one in chosen)
     assert plain != asked != hinted

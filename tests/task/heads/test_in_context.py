@@ -14,6 +14,7 @@ import transformers
 from niwaki import artifact
 from niwaki.errors import ConfigError
 from niwaki.inference import answers
+from niwaki.model.anatomy import Anatomy
 from niwaki.pipeline import run
 
 HEAD = [
@@ -93,6 +94,7 @@ def test_demonstrations_are_part_of_the_artifact(recipe: Callable[..., Any], tmp
     saved = artifact.load(tmp_path / "model")
     assert len(saved.model.words.prefix) > 40
     assert metrics["parity"] == 0
+    assert Anatomy.of(saved.model).positions == 512 - len(saved.model.words.prefix)
     (answer,) = answers(saved, [{"text": "blue"}], 1)
     assert answer["label"] in saved.labels
 
