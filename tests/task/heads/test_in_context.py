@@ -34,6 +34,9 @@ def asked(tokenizer: Any, texts: list[tuple[str, str | None]]) -> torch.Tensor:
 
 def test_what_is_read_and_the_calibration_by_hand(begun: Callable[..., Any]) -> None:
     made, corpus, model = begun(*HEAD, "task.demonstrations=3")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(30)  # the output's too: it is surer then
+    made.task.begin(model, corpus)
     chosen = made.task.chosen.drawn(corpus)
     assert sorted(row["label"] for row in chosen) == ["blue", "green", "red"]
     shown = [(row["text"], row["label"][0]) for row in chosen]
@@ -47,6 +50,7 @@ def test_what_is_read_and_the_calibration_by_hand(begun: Callable[..., Any]) -> 
         return logits.softmax(-1)
 
     free = torch.stack([chances(text) for text in ("N/A", "[MASK]", "")]).mean(0)
+    assert float(free.max()) > 0.5
     batch = next(iter(corpus.evaluation("test")))
     with torch.no_grad():
         found = model(**made.task.inputs(batch)).logits.softmax(-1)
