@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,11 +92,14 @@ def exported(model: Any, example: Mapping[str, Tensor]) -> Any:
         ExportError: torch cannot follow the model.
     """
     function = whole(model, example)
+    # Sizes that it cannot prove to fit, of a text behind demonstrations, are left to be checked when the program runs.
+    run = partial(torch.export.export, function.module, function.given, dynamic_shapes={"given": function.sizes})
     try:
         with quiet_exporter(), torch.no_grad():
-            program = torch.export.export(
-                function.module, function.given, dynamic_shapes={"given": function.sizes}
-            )  # fmt: skip
+            try:
+                program = run()
+            except torch._dynamo.exc.UserError:
+                program = run(prefer_deferred_runtime_asserts_over_guards=True)
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
     for node in program.graph.nodes:

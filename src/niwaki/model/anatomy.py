@@ -213,7 +213,12 @@ class Anatomy:
     def positions(self) -> int | None:
         """The tokens of a text that the model can read at once; None where its config sets no bound."""
         count = self.family.positions(self.model.config)
-        return None if count is None else count - getattr(self.backbone, "virtual_tokens", 0)
+        return None if count is None else count - getattr(self.backbone, "virtual_tokens", 0) - self.tokens_shown
+
+    @property
+    def tokens_shown(self) -> int:
+        """Tokens of demonstrations that the model reads before every text."""
+        return int(getattr(getattr(self.model, "words", None), "tokens_before", 0))
 
     @property
     def reads_end(self) -> bool:

@@ -149,8 +149,10 @@ class Recorder:
         self.seen = None
 
     def _virtual_tokens(self, place: int) -> int:
-        """Positions in front of the text that a prompt takes; of encoder and decoder the encoder alone reads them."""
-        return int(getattr(self.anatomy.backbone, "virtual_tokens", 0)) if place == 0 else 0
+        """Positions in front of the text that a prompt and demonstrations take; of encoder and decoder the encoder
+        alone reads them."""
+        virtual = int(getattr(self.anatomy.backbone, "virtual_tokens", 0))
+        return virtual + self.anatomy.tokens_shown if place == 0 else 0
 
     def _start(self, module: nn.Module, args: Any) -> None:
         self._open = self.always or torch.is_grad_enabled()
@@ -158,7 +160,7 @@ class Recorder:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.seen is not None:
-            self.seen.last = output[0]
+            self.seen.last = output[0][:, self.anatomy.tokens_shown :]
         self._open = False
 
     def _after_block(self, place: int) -> Callable[..., None]:

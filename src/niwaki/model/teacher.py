@@ -275,8 +275,8 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
             raise ConfigError(f"{field}={place!r}: does the task {theirs.name}, the student {task.name}")
         if not task.reads_as(theirs):
             raise ConfigError(
-                f"{field}={place!r}: its head reads texts in another form than the student's (task.head, pattern, "
-                "template and lengths tell it); use one that reads them alike"
+                f"{field}={place!r}: its head reads texts in another form than the student's (task.head and its "
+                "pattern or template); use one that reads them alike"
             )
         refuse_other_labels(place, card["labels"], labels, field)
     else:

@@ -73,6 +73,15 @@ class WordsInContext(Words):
     def weighed(self, logits: Tensor) -> Tensor:
         return logits.float().log_softmax(-1) - self.content_free
 
+    def open_with(self, tokens: list[int]) -> None:
+        """From now on these tokens stand before every text."""
+        self.prefix = torch.tensor(tokens, dtype=torch.long, device=self.prefix.device)
+
+    @property
+    def tokens_before(self) -> int:
+        """Positions that the prefix takes from every text."""
+        return len(self.prefix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         stored = state_dict.get(f"{prefix}prefix")
         if stored is not None:  # of any length

@@ -121,6 +121,8 @@ def test_a_fit_brings_classes_together_and_the_head_is_of_its_end(recipe: Callab
     refitted = LogisticRegression(max_iter=1000).fit(texts, labels)
     assert np.allclose(saved.model.head.weight.numpy(), refitted.coef_, atol=1e-3)
     assert metrics["after"]["test"]["accuracy"] == 1.0
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]  # as it was validated
+    assert np.allclose(kept["model.head.weight"].numpy(), refitted.coef_, atol=1e-3)
 
 
 def judge_of(made: Any) -> Any:

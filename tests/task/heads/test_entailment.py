@@ -41,13 +41,14 @@ def test_logits_are_those_of_each_pair(begun: Callable[..., Any], against: str, 
 
 
 def test_only_the_text_is_cut(begun: Callable[..., Any]) -> None:
-    _, corpus, _ = begun(HEAD, NLI, "task.max_length=40", "task.template='it is {}'")
-    whole = begun(HEAD, NLI, "task.max_length=80", "task.template='it is {}'")[1]
+    """Though the hypothesis is the longer one in the end."""
+    long = "task.template='it is so very certainly and clearly {}'"
+    corpus, whole = (begun(HEAD, NLI, f"task.max_length={most}", long)[1] for most in (48, 99))
     row = max(range(8), key=lambda i: whole.features["test"]["length"][i])
     for cut, ids in zip(
         corpus.features["test"][row]["input_ids"], whole.features["test"][row]["input_ids"], strict=True
     ):
-        assert len(cut) == 40 < len(ids)
+        assert len(cut) == 48 < len(ids)
         hypothesis = ids[ids.index(corpus.tokenizer.sep_token_id) :]
         assert cut[-len(hypothesis) :] == hypothesis
 

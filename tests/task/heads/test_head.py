@@ -11,10 +11,12 @@ import torch
 from lifecycle import begin, finish, recipe_of, train, write_rows
 
 from niwaki.errors import ConfigError, DataError
+from niwaki.pipeline import check_teachers, judge, run
 from niwaki.task.classification import Classification
 from niwaki.task.heads import head
 
 NLI = "model.overrides={id2label:{0:neutral,1:contradiction,2:entailment}}"
+WORDS = "task.verbalizer={red: r, green: g, blue: b}"
 LIVES = [
     ("label_embedding", ["compression=[prune/magnitude,quantize/qat]"]),
     ("label_embedding", ["tuning=lora", "tuning.merge=false"]),
@@ -36,6 +38,34 @@ def test_each_lives(name: str, settings: list[str], tmp_path: Path) -> None:
     train(recipe, corpus, work, tmp_path)
     assert any(not torch.equal(value, start[key]) for key, value in work.model.named_parameters())
     finish(recipe, corpus, work, tmp_path)
+
+
+EXPORTS = [
+    ("entailment", [NLI, "export=[onnx]"]),
+    ("label_embedding", ["export=[onnx]"]),
+    ("in_context", ["model=tiny-llama", "trainer.max_epochs=0", WORDS, "export=[torch]"]),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), EXPORTS)
+def test_each_is_exported(name: str, settings: list[str], recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """With a parity and scores of its own, which an export is refused without."""
+    metrics = run(recipe(f"task.head={name}", *settings), tmp_path, {})
+    (found,) = metrics["exports"].values()
+    assert found["test"] == pytest.approx(metrics["after"]["test"], abs=1e-4)
+
+
+def test_a_teacher_that_reads_another_form_is_refused(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    for name, words in (("label_embedding", []), ("prompt", [WORDS])):
+        (tmp_path / name).mkdir()
+        run(recipe(f"task.head={name}", *words), tmp_path / name, {})
+        student = recipe("compression=[distill/logits]", f"compression.logits.teacher={tmp_path / name}")
+        corpus, empty = judge(student)
+        if name == "label_embedding":
+            check_teachers(student, corpus, empty)  # reads the same
+            continue
+        with pytest.raises(ConfigError, match=r"its head reads texts in another form than the student's"):
+            check_teachers(student, corpus, empty)
 
 
 def test_every_head_is_named_after_its_file() -> None:
@@ -86,6 +116,7 @@ def test_what_needs_a_fit_is_refused_without_rows(recipe: Callable[..., Any]) ->
 
 def test_features_of_another_form_are_cached_apart(begun: Callable[..., Any]) -> None:
     """The same tokenizer, the same rows; what the model reads differs."""
-    plain, asked = (begun(f"task.head={name}")[1].features["test"]["input_ids"][:] for name in ("linear", "prompt"))
-    hinted = begun("task.head=prompt", "model=tiny-llama")[1].features["test"]["input_ids"][:]
+    masked = ["task.head=prompt", WORDS, "model=tiny-distilbert"]
+    chosen = [], masked, ["task.head=prompt", WORDS, "model=tiny-llama"]
+    plain, asked, hinted = (begun(*one)[1].features["test"]["input_ids"][:] for one in chosen)
     assert plain != asked != hinted

@@ -14,6 +14,7 @@ import transformers
 from niwaki import artifact
 from niwaki.errors import ConfigError
 from niwaki.inference import answers
+from niwaki.model.anatomy import Anatomy
 from niwaki.pipeline import run
 
 HEAD = [
@@ -33,6 +34,9 @@ def asked(tokenizer: Any, texts: list[tuple[str, str | None]]) -> torch.Tensor:
 
 def test_what_is_read_and_the_calibration_by_hand(begun: Callable[..., Any]) -> None:
     made, corpus, model = begun(*HEAD, "task.demonstrations=3")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(30)  # the output's too: it is surer then
+    made.task.begin(model, corpus)
     chosen = made.task.chosen.drawn(corpus)
     assert sorted(row["label"] for row in chosen) == ["blue", "green", "red"]
     shown = [(row["text"], row["label"][0]) for row in chosen]
@@ -46,6 +50,7 @@ def test_what_is_read_and_the_calibration_by_hand(begun: Callable[..., Any]) -> 
         return logits.softmax(-1)
 
     free = torch.stack([chances(text) for text in ("N/A", "[MASK]", "")]).mean(0)
+    assert float(free.max()) > 0.5
     batch = next(iter(corpus.evaluation("test")))
     with torch.no_grad():
         found = model(**made.task.inputs(batch)).logits.softmax(-1)
@@ -93,6 +98,7 @@ def test_demonstrations_are_part_of_the_artifact(recipe: Callable[..., Any], tmp
     saved = artifact.load(tmp_path / "model")
     assert len(saved.model.words.prefix) > 40
     assert metrics["parity"] == 0
+    assert Anatomy.of(saved.model).positions == 512 - len(saved.model.words.prefix)
     (answer,) = answers(saved, [{"text": "blue"}], 1)
     assert answer["label"] in saved.labels
 

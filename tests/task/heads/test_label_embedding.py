@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from niwaki import artifact, compose
 from niwaki.errors import ConfigError
+from niwaki.inference import answers
 from niwaki.model.load import Pretrained
 from niwaki.pipeline import assemble, run
 from niwaki.task.descriptions import readable
@@ -83,7 +84,7 @@ def test_without_a_row_the_artifact_says_what_the_descriptions_say(recipe: Calla
     assert metrics["after"]["test"] == metrics["before"]["test"]
     saved = artifact.load(tmp_path / "model")
     assert saved.labels == ("blue", "green", "red")
-    (answer,) = saved.task.answers(saved.model, saved.tokenizer, saved.labels, [{"text": "This is about red."}])
+    (answer,) = answers(saved, [{"text": "This is about red."}], 1)
     assert answer["label"] == "red"
 
 

@@ -157,5 +157,6 @@ class Similarity:
         after = output[0] if isinstance(output, tuple) else output
         cosine = functional.cosine_similarity(before.double(), after.double(), dim=-1)
         assert self.mask is not None
-        self.total += float(cosine[self.mask].sum())
+        text = cosine[:, -self.mask.shape[1] :]  # without demonstrations in front of it
+        self.total += float(text[self.mask].sum())
         self.positions += int(self.mask.sum())

@@ -27,7 +27,6 @@ class Entailment(Head):
     """
 
     is_new: ClassVar[bool] = False
-    by_name: ClassVar[bool] = True
     paper: ClassVar[str] = "Yin et al. 2019, arXiv:1909.00161"
 
     descriptions: Mapping[str, str] = field(default_factory=dict)

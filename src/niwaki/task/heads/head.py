@@ -30,7 +30,6 @@ class Head(abc.ABC):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     is_new: ClassVar[bool] = True  # it has parameters that no model brings, so every tuning trains them
     guesses: ClassVar[bool] = True  # without a fit: says something of a label that it never saw a row of
-    by_name: ClassVar[bool] = False  # what a label is called says what it means
     refits: ClassVar[bool] = False  # it is computed anew from the training rows, before a validation and after the fit
     paper: ClassVar[str]
 

@@ -79,6 +79,7 @@ class InContext(Prompt):
 
     def begin(self, model: Any, corpus: Corpus) -> None:
         super().begin(model, corpus)
+        model.words.open_with([])
         chosen = self.drawn(corpus)
         parts = [self.demonstrated(row, corpus.tokenizer) for row in chosen]
         opening, room = edges(corpus.tokenizer)[0], Anatomy.of(model).positions
@@ -90,8 +91,7 @@ class InContext(Prompt):
             notice(
                 f"{self.setting}: {len(parts)} of {len(chosen)} demonstrations fit into the {room} tokens of the model"
             )
-        device = model.words.prefix.device
-        model.words.prefix = torch.tensor([*opening, *(token for part in parts for token in part)], device=device)
+        model.words.open_with([*opening, *(token for part in parts for token in part)])
         model.words.content_free.zero_()
         if self.calibrate:
             model.words.content_free.copy_(self.said_of_nothing(model, corpus))

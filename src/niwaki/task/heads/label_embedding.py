@@ -44,7 +44,6 @@ class LabelEmbedding(Head):
     stands around it, such as "A question about {}.".
     """
 
-    by_name: ClassVar[bool] = True
     paper: ClassVar[str] = "Schopf et al. 2022, arXiv:2211.16285; Reimers & Gurevych 2019, arXiv:1908.10084"
 
     descriptions: Mapping[str, str] = field(default_factory=dict)

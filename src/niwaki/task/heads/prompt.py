@@ -29,7 +29,6 @@ class Prompt(Head):
     """
 
     is_new: ClassVar[bool] = False
-    by_name: ClassVar[bool] = True
     paper: ClassVar[str] = "Schick & Schutze 2021, arXiv:2001.07676"
 
     pattern: str = "{text} This is about {mask}."
