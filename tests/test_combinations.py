@@ -27,7 +27,7 @@ WHOLE = os.environ.get("NIWAKI_GRID") == "whole"
 
 def chosen(family: str) -> list[Combination]:
     """The combinations of a family that are run."""
-    tunings, tasks = combinations.names("tuning"), combinations.names("task")
+    tunings, tasks = combinations.names("tuning"), combinations.KINDS
     if WHOLE:
         every = itertools.product(tasks, tunings, COMPRESSIONS)
         return [Combination(task=one, family=family, tuning=two, compression=three) for one, two, three in every]
@@ -100,7 +100,7 @@ def test_the_diagonal_has_every_pair() -> None:
     if WHOLE:
         pytest.skip("all are run")
     cells = [cell for family in FAMILIES for cell in chosen(family)]
-    tunings, tasks = combinations.names("tuning"), combinations.names("task")
+    tunings, tasks = combinations.names("tuning"), combinations.KINDS
     assert {(c.family, c.tuning) for c in cells} == set(itertools.product(FAMILIES, tunings))
     assert {(c.family, c.compression) for c in cells} == set(itertools.product(FAMILIES, COMPRESSIONS))
     assert {(c.tuning, c.task) for c in cells} == set(itertools.product(tunings, tasks))

@@ -22,7 +22,13 @@ from niwaki.pipeline import check_on_empty_model  # noqa: E402
 from niwaki.recipe import Recipe  # noqa: E402
 from niwaki.stage import refuse_conflicts  # noqa: E402
 
-LABELS = {"classification": ("no", "yes"), "ner": ("B-X", "I-X", "O")}  # by task; () for the others
+LABELS = {  # by task; () for the others
+    "classification": ("no", "yes"),
+    "multi_label": ("no", "yes"),
+    "ner": ("B-X", "I-X", "O"),
+    "relation": ("A(e1,e2)", "A(e2,e1)", "Other"),
+}
+KINDS = ("causal_lm", "classification", "masked_lm", "ner", "translation")  # a task for each kind of model
 YES = "yes"
 
 
@@ -85,6 +91,13 @@ def names(axis: str) -> list[str]:
     return [one.name for one in options(axis)]
 
 
+@cache
+def family_of(task: str) -> str:
+    """The family of the model that a task takes unless told otherwise."""
+    name = compose.compose([f"task={task}"]).config["model"]["name"]
+    return name if name in FAMILIES else "bert"
+
+
 class Page:
     """A markdown page of tables whose refusals point to a list of reasons."""
 
@@ -118,13 +131,22 @@ class Page:
 
 
 def page() -> str:
-    """Every tuning with every task, family and compression, and every pair of compressions."""
+    """Every task, tuning and compression with every family, task and tuning, and every pair of compressions."""
     written, tunings, methods, tasks = Page(), names("tuning"), names("compression"), names("task")
-    for task in tasks:
+    written.table("task x family", tasks, list(FAMILIES), lambda task, family: Combination(task=task, family=family))
+    for task in KINDS:
         written.table(
             f"tuning x family, task={task}", tunings, list(FAMILIES),
             lambda tuning, family, task=task: Combination(task=task, family=family, tuning=tuning),
         )  # fmt: skip
+    written.table(
+        "tuning x task, on the family that a task takes unless told otherwise", tunings, tasks,
+        lambda tuning, task: Combination(task=task, family=family_of(task), tuning=tuning),
+    )  # fmt: skip
+    written.table(
+        "compression x task, on the family that a task takes unless told otherwise", methods, tasks,
+        lambda method, task: Combination(task=task, family=family_of(task), compression=(method,)),
+    )  # fmt: skip
     written.table(
         "tuning x compression", tunings, methods,
         lambda tuning, method: Combination(tuning=tuning, compression=(method,)),
