@@ -25,7 +25,7 @@ def arguments_of(command: str, start: str) -> list[str]:
 
 
 def test_the_commands_are_found() -> None:
-    assert len(COMMANDS) == 24
+    assert len(COMMANDS) == 29
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py") and "resume=" not in c])
