@@ -3,8 +3,8 @@ may do, runs a solution and then its tests, and says that they ran. `sandbox.py`
 
 Given up, by Linux's own means, none of which needs root: limits of memory, processor, files (setrlimit); reading but
 for Python's own files and writing but for one folder (Landlock, kernel 5.13); and, by a filter of system calls
-(seccomp), sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files, and every
-call that is newer than the list below.
+(seccomp), sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files,
+and every call that is newer than the list below.
 """
 
 import ctypes
