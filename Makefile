@@ -39,7 +39,7 @@ bench: $(READY) ## Time a training step against a bare PyTorch loop; ARGS="--tra
 	$(BIN)/python -m niwaki.measure.bench $(ARGS)
 
 grid: $(READY) ## Run every combination, which takes long; the tests run a part of them
-	NIWAKI_GRID=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_combinations.py tests/test_grid.py tests/test_compressions.py tests/test_quantizations.py -rP
+	NIWAKI_GRID=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_combinations.py tests/test_grid.py tests/test_compressions.py tests/test_quantizations.py tests/test_tasks.py -rP
 
 docs: $(READY) ## Write docs/ anew: every option of every axis, and what combines with what
 	mkdir -p docs

@@ -1,5 +1,5 @@
 """Every task on the data and the model that it runs on unless told otherwise: with each kind of tuning and compression
-it works, from the first row to an answer of the artifact that can be read; or a rule refuses it before the fit."""
+it works, from the first row to an answer of the artifact that can be read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 from niwaki import artifact, compose, inference, pipeline
 from niwaki.catalogue import config_folder
-from niwaki.errors import ConfigError
 
 TASKS = sorted(path.stem for path in (config_folder() / "task").glob("*.yaml"))
 TUNINGS = ("full", "lora", "adapter", "prefix")
@@ -36,7 +35,6 @@ SMALL = {  # so that rows stay short; else max_length=48
 }
 MANY_LABELS = ("classification", "relation", "multi_label", "ner")  # of which each split has to hold some
 GAPS = {"masked_lm": "a [MASK] tree", "span_corruption": "a <extra_id_0> tree"}
-REFUSED: dict[tuple[str, str, str | None], str] = {}
 
 
 def settings_of(task: str, tuning: str, compression: str | None, teacher: Path | None) -> list[str]:
@@ -78,20 +76,14 @@ def test_a_task_goes_with_what_it_can(task: str, tmp_path: Path, subtests: Any) 
     for tuning, compression in CELLS:
         name = f"{tuning}+{(compression or 'none').replace('/', '.')}"
         with subtests.test(f"{task} x {name}"):
-            expected = REFUSED.get((task, tuning, compression))
             settings = settings_of(task, tuning, compression, first)
-            if expected:
-                with pytest.raises(ConfigError, match=expected):
-                    run(settings, tmp_path / name)
-                assert not list((tmp_path / name).iterdir())
-                continue
             metrics = run(settings, tmp_path / name)
             assert all(math.isfinite(value) for value in metrics["after"]["test"].values())
             assert metrics["metric"] in metrics["after"]["test"]
             assert metrics["parity"] < 1e-4
             first = first or tmp_path / name / "model"
             worked += 1
-    print(f"{task}: {worked} work, {len(CELLS) - worked} are refused")
+    print(f"{task}: {worked} of {len(CELLS)} work")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -18,6 +18,8 @@ from niwaki.errors import ArtifactError, DataError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from niwaki.task.task import Task
+
 Row = dict[str, Any]
 
 
@@ -64,19 +66,20 @@ def scores(saved: artifact.Artifact, source: WholeFile) -> tuple[dict[str, float
     from niwaki.measure.evaluate import evaluate
 
     rows = source.rows(saved.task.needs.trained_on(saved.columns))
-    check_labels(rows, saved.labels, str(source.train))
+    check_labels(rows, saved.labels, str(source.train), saved.task)
     features = Dataset.from_dict(saved.task.encode(rows[:], saved.tokenizer, saved.labels))
     corpus = Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0)
     found = evaluate(saved.model, corpus.evaluation("test"), saved.task, saved.labels, saved.tokenizer)
     return {"rows": len(rows), **found.compute()}, found.report()
 
 
-def check_labels(rows: Dataset, known: tuple[str, ...], origin: str) -> None:
+def check_labels(rows: Dataset, known: tuple[str, ...], origin: str, task: Task) -> None:
     """Refuse labels that the artifact has no output for; a task without labels knows none and needs none."""
     columns = [column for column in ("label", "labels", "tags") if known and column in rows.column_names]
     for column in columns:
         for number, value in enumerate(rows[column][:], start=1):
-            for label in value if isinstance(value, list) else [value]:
+            read = task.read_as(column, value)
+            for label in read if isinstance(read, list) else [read]:
                 if label not in known:
                     near = nearest(label, known)
                     raise DataError(

@@ -132,8 +132,8 @@ class Recipe:
         field = f"data.unlabelled={', '.join(self.data.unlabelled)}"
         if not self.task.needs.answers:
             raise ConfigError(
-                f"{field}: is for tasks that give labels, classification and ner; task={self.task.name} reads whole "
-                "training rows"
+                f"{field}: is for tasks whose answer a teacher can say, labels or a number; task={self.task.name} "
+                "reads whole training rows"
             )
         if not any(stage.teachers() for stage in self.stages if isinstance(stage, Taught)):
             raise ConfigError(f"{field}: has no effect without a teacher; add compression=[distill/logits]")

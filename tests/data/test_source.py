@@ -233,9 +233,14 @@ def test_shots_name_the_class_that_has_too_few() -> None:
         Given(rows=rows, shots=2).splits(CLASSIFY, 0)
 
 
-def test_shots_need_a_label_column() -> None:
-    with pytest.raises(ConfigError, match=r"data\.shots=2: needs a label column with classes; .* reads tokens, tags"):
-        Given(rows=whole(tokens=[["a"]], tags=[["O"]]), shots=2).splits(TAG, 0)
+def test_shots_of_rows_without_classes_are_rows() -> None:
+    rows = whole(tokens=[["a"], ["b"], ["c"]], tags=[["O"], ["B-X"], ["O"]])
+    splits = Given(rows=rows, shots=2).splits(TAG, 0)
+    assert [split.num_rows for split in splits.values()] == [2, 3, 3]
+    assert Given(rows=rows, shots=9).splits(TAG, 0)["train"].num_rows == 3
+    choices = {"question": ["a", "b", "c"], "choices": [["x", "y"]] * 3, "label": [0, 1, 1]}
+    needs = Needs(required=("question", "choices", "label"), checks={"label": check_index})
+    assert Given(rows=whole(**choices), shots=2).splits(needs, 0)["train"].num_rows == 2
 
 
 def test_limit_samples_every_split_in_order_with_each_label_in_train() -> None:
@@ -344,8 +349,9 @@ def test_numbers_on_a_scale_are_no_classes() -> None:
     splits = Given(rows={"train": rows}).splits(RATE, 0)
     assert [split.num_rows for split in splits.values()] == [48, 6, 6]
     assert all(isinstance(label, float) for label in splits["test"]["label"][:])
-    with pytest.raises(ConfigError, match=r"data\.shots=2: needs a label column with classes"):
-        Given(rows=dict.fromkeys(("train", "validation", "test"), rows), shots=2).splits(RATE, 0)
+    assert (
+        Given(rows=dict.fromkeys(("train", "validation", "test"), rows), shots=2).splits(RATE, 0)["train"].num_rows == 2
+    )
     assert Given(rows={"train": rows}, limit=5).splits(RATE, 0)["train"].num_rows == 5
 
 
@@ -360,3 +366,21 @@ def test_rows_with_several_labels_leave_each_in_train() -> None:
         assert splits["test"].num_rows == 9
     limited = Given(rows=rows, limit=4, validation_fraction=0.2).splits(needs, 0)["train"]
     assert {label for row in limited["labels"] for label in row} == {"common", "rare", "rarest"}
+
+
+def test_histories_that_go_on_share_a_split() -> None:
+    """What came next in one row stands in the history of another; rows that say what did not come next stay beside."""
+    rows: dict[str, list] = {"history": [], "candidate": [], "label": []}
+    for user in range(20):
+        titles = [f"{user} {i}" for i in range(7)]
+        for count in range(1, 7):
+            for label, title in ((1, titles[count]), (0, f"no {user} {count}")):
+                rows["history"].append(titles[:count])
+                rows["candidate"].append(title)
+                rows["label"].append(label)
+    needs = Needs(required=("history", "candidate", "label"), checks={"label": check_zero_or_one})
+    splits = Given(rows={"train": Dataset.from_dict(rows)}).splits(needs, 0)
+    users = {name: {history[0].split()[0] for history in split["history"][:]} for name, split in splits.items()}
+    assert users["test"]
+    assert not users["train"] & users["test"]
+    assert not users["train"] & users["validation"]

@@ -19,8 +19,10 @@ def test_labels_are_those_of_any_row(setting: Callable[..., Any]) -> None:
     one = setting(task="multi_label")
     assert one.batch()["labels"].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
     assert one.task.labels({"train": Dataset.from_dict({"labels": one.rows["labels"]})}) == one.labels
-    with pytest.raises(DataError, match="no row has a label"):
+    with pytest.raises(DataError, match="has the labels of no row; multi_label needs two"):
         one.task.labels({"train": Dataset.from_dict({"labels": [[], ["x"]]}).select([0])})
+    with pytest.raises(DataError, match="has the labels x; multi_label needs two"):
+        one.task.labels({"train": Dataset.from_dict({"labels": [[], ["x"]]})})
 
 
 def test_the_loss_is_binary_cross_entropy_and_predictions_are_of_two_classes(setting: Callable[..., Any]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from niwaki import compose
+from niwaki.errors import ConfigError
 from niwaki.task.multiple_choice import MultipleChoice, parted
 
 
@@ -73,3 +75,35 @@ def test_answers_show_the_choice(setting: Callable[..., Any]) -> None:
 def test_pieces() -> None:
     assert parted("abcdef", [1, 3, 2]) == [["a"], ["b", "c", "d"], ["e", "f"]]
     assert MultipleChoice().outputs(()) == ("right",)
+
+
+def test_smoothing_goes_to_choices_that_are_there(setting: Callable[..., Any]) -> None:
+    one = setting(task="multiple_choice")
+    outputs = SimpleNamespace(logits=torch.tensor([[1.0], [0.0], [2.0], [3.0], [-1.0]]))
+    three, two = (torch.tensor(values).log_softmax(0) for values in ([1.0, 0.0, 2.0], [3.0, -1.0]))
+    exact = -sum(0.9 * logs[0] + 0.1 * logs.mean() for logs in (three, two)) / 2
+    assert float(one.task.loss(outputs, one.batch(), smoothing=0.1)) == pytest.approx(float(exact), rel=1e-5)
+
+
+def test_a_row_without_an_answer_has_no_loss(setting: Callable[..., Any]) -> None:
+    one = setting(task="multiple_choice")
+    outputs = SimpleNamespace(logits=torch.tensor([[1.0], [0.0], [2.0], [3.0], [-1.0]]))
+    batch = one.batch({**one.rows, "label": [0, None]})
+    assert float(one.task.loss(outputs, batch)) == pytest.approx(
+        -float(torch.tensor([1.0, 0.0, 2.0]).log_softmax(0)[0])
+    )
+
+
+@pytest.mark.parametrize("task", ["multiple_choice", "question_answering", "relation", "multi_label"])
+@pytest.mark.parametrize("setting_of_it", ["cache=true", "top_k=1"])
+def test_what_is_kept_of_a_teacher_is_told_by_outputs_of_the_head(task: str, setting_of_it: str) -> None:
+    chosen = [f"task={task}", "compression=distill/logits", "compression.logits.teacher=some"]
+    with pytest.raises(ConfigError, match=rf"^distill/logits with .* and task={task}: a prediction is put together"):
+        compose.build(compose.compose([*chosen, f"compression.logits.{setting_of_it}"]).config)
+
+
+@pytest.mark.parametrize("task", ["question_answering", "ner"])
+def test_windows_differ_by_vocabulary(task: str) -> None:
+    chosen = [f"task={task}", "compression=distill/cross_vocabulary", "compression.cross_vocabulary.teacher=some"]
+    with pytest.raises(ConfigError, match=r"distill/cross_vocabulary"):
+        compose.build(compose.compose(chosen).config)

@@ -106,6 +106,16 @@ def test_entities_are_read_off_any_scheme(tags: list[str]) -> None:
     assert NER().labels(found) == tuple(sorted(set(tags)))
 
 
+def test_tags_of_any_scheme_are_read_as_iob2() -> None:
+    check = NER.needs.check("tags")
+    assert check(["U-PER", "U-PER", "O", "B-LOC", "L-LOC"]) == ["B-PER", "B-PER", "O", "B-LOC", "I-LOC"]  # BILOU
+    assert check(["NN", "VB"]) == ["NN", "VB"]
+    with pytest.raises(ValueError, match="has 'X-PER' as tag 2, which begins with X-, must be O, or one of B-, I-"):
+        check(["O", "X-PER"])
+    assert NER(scheme="bioes").read_as("tags", ["B-PER", "O"]) == ["S-PER", "O"]
+    assert NER(scheme="bioes").read_as("label", "B-PER") == "B-PER"
+
+
 @pytest.mark.parametrize("overlap", [-0.1, 0.6])
 def test_an_overlap_is_at_most_half(overlap: float) -> None:
     with pytest.raises(ConfigError, match=r"^task\.overlap="):

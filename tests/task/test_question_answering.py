@@ -13,7 +13,7 @@ import torch
 
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.question_answering import QuestionAnswering, ends_of
-from niwaki.task.spans import Best, Span, chinese, english, longest_run, spans_of, units
+from niwaki.task.spans import Best, Span, chinese, english, longest_run, spans_of, units, without_signs
 
 CONTEXT = "ada cut the old pine in may. bob held it. eve ran home, and sang of it all night long."
 
@@ -89,6 +89,27 @@ def test_the_best_span_by_hand() -> None:
     assert {span.text for span in one_token} == {"", "a", "b", "c"}
 
 
+def test_blanks_that_belong_to_a_token_are_none_of_the_answer() -> None:
+    """As byte-level tokenizers have it: " b" and "b " say the same."""
+    places = torch.tensor([[-1, -1], [0, 1], [1, 3], [2, 4]])
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0], [4.0, 4.0], [3.0, 3.0]])
+    found = spans_of(logits, places, 10, "a b ", 2, 1)
+    assert found == [Span("", None, 0.0), Span("b", 12, 8.0)]
+
+
+def test_smoothing_goes_to_tokens_of_the_text_alone(setting: Callable[..., Any]) -> None:
+    one = setting(task="question_answering")
+    batch = one.batch(rows("ada", "bob"))
+    logits = torch.randn(*batch["input_ids"].shape, 2, requires_grad=True)
+    outputs = SimpleNamespace(logits=logits)
+    smooth, plain = (one.task.loss(outputs, batch, smoothing=s) for s in (0.1, 0.0))
+    exact = torch.nn.functional.cross_entropy(one.task.predictions(outputs, batch), batch["labels"].T.flatten())
+    assert float(plain.detach()) == pytest.approx(float(exact.detach()), rel=1e-5)
+    assert float(smooth.detach()) < 2 * float(plain.detach())
+    smooth.backward()
+    assert torch.allclose(logits.grad.sum(1), torch.zeros(len(logits), 2), atol=1e-6)
+
+
 def test_the_best_over_windows_and_no_answer() -> None:
     best = Best(3)
     best.add([Span("", None, 4.0), Span("a", 0, 3.0)])
@@ -116,6 +137,7 @@ def test_the_best_over_windows_and_no_answer() -> None:
         ("", ["tower"], 0.0, 0.0),
         ("a", ["the"], 1.0, 1.0),  # nothing is left of either
         ("U.S.", ["US"], 1.0, 1.0),
+        ("", ["the", "tower"], 0.0, 0.0),  # an answer of which nothing is left is none, beside one that is
     ],
 )
 def test_official_english_scores(found: str, answers: list[str], exact: float, f1: float) -> None:
@@ -129,7 +151,10 @@ def test_official_english_scores(found: str, answers: list[str], exact: float, f
         ("北京大学", ["北京大学。"], 1.0, 1.0),
         ("北京", ["北京大学"], 0.0, 2 * 2 / 6),
         ("大北京", ["北京大学"], 0.0, 2 * 2 / 7),  # the longest run, not the bag of characters
-        ("1998 年", ["1998年", "年"], 1.0, 1.0),
+        ("1998 年", ["1998年", "年"], 0.0, 1.0),  # a blank inside counts
+        ("3.5", ["35"], 0.0, 0.0),  # a point is none of the signs that are left out
+        ("3-5", ["35"], 1.0, 1.0),
+        ("New York", ["new york"], 1.0, 1.0),
         ("", [], 1.0, 1.0),
         ("年", [], 0.0, 0.0),
     ],
@@ -139,7 +164,7 @@ def test_official_chinese_scores(found: str, answers: list[str], exact: float, f
 
 
 def test_units_and_runs() -> None:
-    assert units("他在 New York，1998年!") == ["他", "在", "new", "york", "1998", "年"]
+    assert units(without_signs("他在 New York ，1998年!")) == ["他", "在", "new", "york", "1998", "年", "!"]
     assert longest_run("abcde", "xbcdy") == 3
     assert longest_run("", "a") == 0
 

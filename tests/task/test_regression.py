@@ -65,3 +65,11 @@ def test_a_teacher_of_numbers_is_followed_by_their_squared_difference() -> None:
 def test_a_number_is_not_smoothed() -> None:
     with pytest.raises(ConfigError, match=r"^task\.label_smoothing=0\.1: has no effect on a number"):
         Regression(label_smoothing=0.1)
+
+
+def test_a_row_without_an_answer_has_no_error(setting: Callable[..., Any]) -> None:
+    one = setting(task="regression")
+    batch = one.batch({"text": ["a", "b"], "label": [2.0, None]})
+    assert float(one.task.loss(SimpleNamespace(logits=torch.tensor([[1.0], [9.0]])), batch)) == pytest.approx(1.0)
+    nothing = one.batch({"text": ["a"], "label": [None]})
+    assert float(one.task.loss(SimpleNamespace(logits=torch.tensor([[1.0]])), nothing)) == 0.0

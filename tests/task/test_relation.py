@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from niwaki.errors import ConfigError, DataError
@@ -106,6 +107,43 @@ def test_the_official_score_by_hand() -> None:
         "precision": pytest.approx(1 / 3), "recall": 0.5, "f1": pytest.approx(0.4), "support": 2.0, "predicted": 3.0
     }  # fmt: skip
     assert set(per_relation(found, true, "none")) == {"Cause", "Other", "Part"}  # no such label: all count
+
+
+def test_a_relation_that_is_true_of_no_row_does_not_count() -> None:
+    labels = ("A", "B", "Other")
+    scores = Relation().scores(labels)
+    for a, b in (("A", "A"), ("A", "B"), ("Other", "A")):
+        logits = torch.zeros(1, 2, 6)
+        logits[0, 0, labels.index(b)] = 5.0
+        scores.update(
+            SimpleNamespace(logits=logits), {"marks": torch.tensor([[0, 1]]), "labels": torch.tensor([labels.index(a)])}
+        )
+    assert scores.compute()["f1"] == pytest.approx(0.5)  # A: P 1/2, R 1/2
+
+
+def test_what_is_no_relation_is_one_of_the_labels() -> None:
+    splits = {"train": Dataset.from_dict({"label": ["A", "B", "no_relation"]})}
+    with pytest.raises(ConfigError, match=r"^task\.other='Other': is none of the 3 labels, of which the nearest is"):
+        Relation().labels(splits)
+    assert (
+        Relation(other=None).labels(splits) == Relation(other="no_relation").labels(splits) == ("A", "B", "no_relation")
+    )
+
+
+def test_marks_are_told_apart_by_the_tokenizer(setting: Callable[..., Any]) -> None:
+    one = setting(task="relation")
+    Relation(marks=(" $", "# ")).equip(one.tokenizer)
+    for marks in (("⟦", "⟪"), ("$a", "$b"), ("$", "\u200b")):
+        with pytest.raises(
+            ConfigError, match=r"^task\.marks=.*the tokenizer does not know them, or does not tell them apart"
+        ):
+            Relation(marks=marks).equip(one.tokenizer)
+
+
+def test_each_prediction_is_of_its_row(setting: Callable[..., Any]) -> None:
+    one = setting(task="relation")
+    batch = one.batch()
+    assert one.task.owners(SimpleNamespace(logits=torch.zeros(3, 9, 6)), batch).tolist() == [0, 1, 2]
 
 
 def test_a_prediction_names_head_and_tail(setting: Callable[..., Any]) -> None:

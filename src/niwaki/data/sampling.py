@@ -60,15 +60,21 @@ def has_classes(rows: "Dataset", column: str) -> bool:
 def groups(rows: "Dataset") -> list[list[int]]:
     """Row numbers of the rows that belong together: those of equal text, spacing and case aside, in the first column
     that is neither an answer nor a name (a context, a question, what was said before the first answer); and those whose
-    history goes on from the history and response of another."""
+    history goes on from the history and response of another, as far as histories are whole."""
     column = next(name for name in rows.column_names if name not in (*KEPT_BACK, *NAMES))
     keys = [_key(value) for value in rows[column][:]]
-    if column == "history" and "response" in rows.column_names:
-        keys = _first_of_each_conversation(keys, [_key([text]) for text in rows["response"][:]])
+    if column == "history":
+        said = rows["response"][:] if "response" in rows.column_names else _chosen(rows)
+        keys = _first_of_each_conversation(keys, [() if text is None else _key([text]) for text in said])
     found: dict[Hashable, list[int]] = defaultdict(list)
     for number, key in enumerate(keys):
         found[key].append(number)
     return list(found.values())
+
+
+def _chosen(rows: "Dataset") -> list[str | None]:
+    """Of each row what came next after its history, where it says so."""
+    return [text if label else None for text, label in zip(rows["candidate"][:], rows["label"][:], strict=True)]
 
 
 Key = tuple[str, ...]

@@ -131,7 +131,8 @@ class Source(abc.ABC):
     """Rows for the three splits, and how they are served.
 
     `limit` keeps that many rows of each split, a seeded sample in the order of the source; `shots` keeps
-    that many rows of each class of the training split (`limit` then holds for validation and test only); 0 leaves
+    that many rows of each class of the training split, or in all of a task without classes (`limit` then holds for
+    validation and test only); 0 leaves
     none but what their labels are, so nothing is learned.
     `columns` maps a column of the task to its name in the source, or to what it is made of there (`data/names.py`).
     `validation_fraction` and `test_fraction` are the shares of the training rows that become a split which the source
@@ -312,11 +313,9 @@ class Source(abc.ABC):
         if split == "train" and self.shots == 0:
             return rows  # which tell the labels, before they go
         if split == "train" and self.shots is not None:
-            if "label" not in rows.column_names or not has_classes(rows, "label"):
-                raise ConfigError(
-                    f"data.shots={self.shots}: needs a label column with classes; this task reads "
-                    f"{', '.join(rows.column_names)}; use data.limit"
-                )
+            classes = "label" in rows.column_names and has_classes(rows, "label") and "choices" not in rows.column_names
+            if not classes:
+                return rows.select(choose_limit(rows, min(self.shots, rows.num_rows), seed))
             return rows.select(choose_shots(rows["label"][:], self.shots, seed))
         if self.limit is None or self.limit >= rows.num_rows:
             return rows

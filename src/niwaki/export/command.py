@@ -90,6 +90,6 @@ def rows_of(
         raise ConfigError(
             f"export {place}: needs a file with labelled rows, or the folder of a run, whose test rows it takes then"
         )
-    check_labels(rows, saved.labels, origin)
+    check_labels(rows, saved.labels, origin, saved.task)
     features = Dataset.from_dict(saved.task.encode(rows[:], saved.tokenizer, saved.labels))
     return Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed)

@@ -100,7 +100,7 @@ def prepare(folder: Path, rows: tuple[Source, str, int]) -> Probe:
     source, origin, seed = rows
     saved = artifact.load_merged(folder)
     found: Dataset = labelled(saved, source, seed)
-    check_labels(found, saved.labels, origin)
+    check_labels(found, saved.labels, origin, saved.task)
     features = Dataset.from_dict(saved.task.encode(found[:], saved.tokenizer, saved.labels))
     saved.model.requires_grad_(False)
     return Probe(saved, Corpus(saved.task, source, saved.tokenizer, saved.labels, {"test": features}, seed=0), origin)

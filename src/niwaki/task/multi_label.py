@@ -26,6 +26,7 @@ class MultiLabel(Task):
     needs: ClassVar[Needs] = Needs(required=("text", "labels"), optional=("text_pair",))
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "micro_f1"
+    as_headed: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "threshold")
     paper: ClassVar[str] = "Tsoumakas & Katakis 2007"
 
@@ -38,8 +39,11 @@ class MultiLabel(Task):
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
         labels = tuple(labels_of(dict(splits), "labels"))
-        if not labels:
-            raise DataError("data.train: no row has a label; multi_label needs one at least")
+        if len(labels) < 2:
+            raise DataError(
+                f"data.train: has the labels {', '.join(labels) or 'of no row'}; multi_label needs two at least; of "
+                "one label task=classification says yes or no"
+            )
         return labels
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:

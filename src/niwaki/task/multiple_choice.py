@@ -13,9 +13,8 @@ from torch.nn import functional
 
 from niwaki.data.columns import check_index
 from niwaki.data.source import Needs
-from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
-
-NEVER = -1e4  # the logit of a choice that is not there: its chance is 0, and 0 * log 0 is 0
+from niwaki.task.some import NEVER, cross_entropy
+from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class MultipleChoice(Task):
     needs: ClassVar[Needs] = Needs(required=("question", "choices", "label"), checks={"label": check_index})
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "accuracy"
+    as_headed: ClassVar[bool] = False
     paper: ClassVar[str] = "Radford et al. 2018; Talmor et al. 2019, arXiv:1811.00937"
 
     batch_size: int = 16
@@ -41,7 +41,7 @@ class MultipleChoice(Task):
         encoded.pop("attention_mask", None)
         found: Rows = {name: parted(values, counts) for name, values in encoded.items()}
         found["length"] = [sum(map(len, row)) for row in found["input_ids"]]
-        return {**found, "labels": rows["label"]} if "label" in rows else found
+        return {**found, "labels": [UNKNOWN if n is None else n for n in rows["label"]]} if "label" in rows else found
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """`input_ids` (choices of all rows, tokens); `choices` (rows, most choices): the place of each choice in them,
@@ -60,6 +60,9 @@ class MultipleChoice(Task):
 
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.predictions(outputs, batch), batch["labels"]
+
+    def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+        return cross_entropy(*self.counted(outputs, batch), smoothing)
 
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """(rows, most choices)."""

@@ -8,18 +8,32 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from niwaki.data.columns import labels_of
+from niwaki.data.columns import check_words, labels_of
+from niwaki.data.readers.conll import iob2, wrong_tag
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
 from niwaki.task.task import IGNORED, UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 
+if TYPE_CHECKING:
+    from niwaki.recipe import Recipe
+
 WORD = re.compile(r"\w(?:[\w.'’&/-]*\w)?|[^\w\s]")
+
+
+def check_tags(value: Any) -> list[str]:
+    """Tags in the scheme IOB2, which those of IOB1, BIOES, BILOU and BMES become; others, such as parts of speech,
+    stay. ValueError for what looks like the tag of an entity and is none."""
+    tags = check_words(value)
+    for position, tag in enumerate(tags, start=1):
+        if wrong := wrong_tag(tag):
+            raise ValueError(f"has {tag!r} as tag {position}, which {wrong}")
+    return iob2(tags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +43,10 @@ class NER(Task):
     A sentence that is longer than `max_length` tokens is read in windows, each of which repeats `overlap` of the one
     before, and each word is tagged where the shorter of its two sides is longest; with null it is cut, and what was cut
     off counts as tagged O. `scheme`: the tags that are learned, predicted and counted, iob2 or bioes; null: those of
-    the data. Entities are read off tags of any scheme (IOB1 too) as seqeval does.
+    the data, which become IOB2 when they are read. Entities are read off tags of any scheme as seqeval does.
     """
 
-    needs: ClassVar[Needs] = Needs(required=("tokens", "tags"), asks=("text",))
+    needs: ClassVar[Needs] = Needs(required=("tokens", "tags"), asks=("text",), checks={"tags": check_tags})
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
@@ -52,6 +66,17 @@ class NER(Task):
     def whole(self) -> bool:  # type: ignore[override]
         """With windows the parts of a sentence find one another by its number, which counts in a split."""
         return self.overlap is not None
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        if self.overlap is not None and any(getattr(stage, "own_tokens", False) for stage in recipe.stages):
+            return (
+                f"task.overlap={self.overlap} and distill/cross_vocabulary: another vocabulary has other windows; "
+                "needs task.overlap=null"
+            )
+        return super().conflict(recipe)
+
+    def read_as(self, column: str, value: Any) -> Any:
+        return retagged(value, self.scheme) if column == "tags" else value
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
         found = tuple(labels_of(dict(splits), "tags"))
@@ -92,14 +117,6 @@ class NER(Task):
             "sentence": places,
             "length": [len(ids) for ids in encoded["input_ids"]],
         }
-
-    def translate(self, rows: Rows, tokenizer: Any, other: Any, labels: Sequence[str]) -> Rows:
-        if self.overlap is not None:
-            raise ConfigError(
-                f"task.overlap={self.overlap} and distill/cross_vocabulary: another vocabulary has other windows; "
-                "needs task.overlap=null"
-            )
-        return self.encode(rows, other, labels)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         batch = pad(features, tokenizer, labels=True)

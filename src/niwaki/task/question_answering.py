@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from torch.nn import functional
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
+from niwaki.task.some import NEVER, cross_entropy
 from niwaki.task.spans import Best, Span, chinese, english, spans_of
 from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
 
+if TYPE_CHECKING:
+    from niwaki.recipe import Recipe
+
 NONE: dict[str, list] = {"text": [], "answer_start": []}
-NEVER = -1e4  # the logit of a token that is no part of the text: its chance is 0, and 0 * log 0 is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class QuestionAnswering(Task):
     needs: ClassVar[Needs] = Needs(required=("context", "question", "answers"))
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     metric: ClassVar[str] = "f1"
+    as_headed: ClassVar[bool] = False
     whole: ClassVar[bool] = True
     unit: ClassVar[str] = "windows"
     unread: ClassVar[tuple[str, ...]] = (
@@ -60,6 +64,14 @@ class QuestionAnswering(Task):
             raise ConfigError(
                 f"task.stride={self.stride}: needs a whole number from 0, below task.max_length={self.max_length}"
             )
+
+    def conflict(self, recipe: Recipe) -> str | None:
+        if any(getattr(stage, "own_tokens", False) for stage in recipe.stages):
+            return (
+                "distill/cross_vocabulary and task=question_answering: where an answer stands is told among the tokens "
+                "of a text, and another vocabulary has others; needs a teacher of the same one, with distill/logits"
+            )
+        return super().conflict(recipe)
 
     def outputs(self, labels: Sequence[str]) -> Sequence[str]:
         return ("start", "end")
@@ -95,8 +107,8 @@ class QuestionAnswering(Task):
             found["begin"].append(begin)
             found["labels"].append(ends_of(answers[row], places))
             found["row"].append(first + row)
-            found["text"].append(list(rows["context"][row][begin:stop].encode()))
-            found["answers"].append(list(json.dumps(list(answers[row]["text"])).encode()))
+            found["text"].append(rows["context"][row][begin:stop].encode())
+            found["answers"].append(json.dumps(list(answers[row]["text"])).encode())
         names = [name for name in ("input_ids", "token_type_ids") if name in windows]
         lengths = [len(ids) for ids in windows["input_ids"]]
         return {**{name: windows[name] for name in names}, **found, "length": lengths}
@@ -116,13 +128,6 @@ class QuestionAnswering(Task):
             max_length=self.max_length, stride=self.stride, return_overflowing_tokens=True, return_offsets_mapping=True,
         )  # fmt: skip
 
-    def translate(self, rows: Rows, tokenizer: Any, other: Any, labels: Sequence[str]) -> Rows:
-        raise ConfigError(
-            "distill/cross_vocabulary: where an answer stands is told among the tokens of a text, and another "
-            "vocabulary has others; needs a task whose classes are labels or tokens, or "
-            "distill/logits with the same vocabulary"
-        )
-
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         names = [name for name in ("input_ids", "token_type_ids") if name in features[0]]
         batch = pad([{name: row[name] for name in names} for row in features], tokenizer)
@@ -131,13 +136,16 @@ class QuestionAnswering(Task):
         batch["places"] = torch.tensor(places).view(len(features), width, 2)
         for name in ("text", "answers"):
             most = max(len(row[name]) for row in features)
-            batch[name] = torch.tensor([row[name] + [0] * (most - len(row[name])) for row in features])
+            batch[name] = torch.tensor([[*row[name], *[0] * (most - len(row[name]))] for row in features])
         for name in ("labels", "begin", "row"):
             batch["example" if name == "row" else name] = torch.tensor([row[name] for row in features])
         return batch
 
     def counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.predictions(outputs, batch), batch["labels"].T.flatten()
+
+    def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+        return cross_entropy(*self.counted(outputs, batch), smoothing)
 
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """(2 * rows, tokens): where answers begin, then where they end; only tokens of the text and the first."""
@@ -171,11 +179,12 @@ class QuestionAnswering(Task):
 
     def read(self, outputs: Any, batch: Batch) -> Iterator[tuple[int, list[Span]]]:
         """For each window, the number of its row and its best spans, the empty one among them."""
-        logits = outputs.logits.float()
+        logits, places = outputs.logits.float().cpu(), batch["places"].cpu()
+        begins, texts = batch["begin"].tolist(), batch["text"].cpu().to(torch.uint8)
         for number, row in enumerate(batch["example"].tolist()):
-            text = bytes(batch["text"][number].tolist()).rstrip(b"\0").decode()
-            begin, places = int(batch["begin"][number]), batch["places"][number]
-            yield row, spans_of(logits[number], places, begin, text, self.best, self.max_answer_length)
+            text = texts[number].numpy().tobytes().rstrip(b"\0").decode()
+            spans = spans_of(logits[number], places[number], begins[number], text, self.best, self.max_answer_length)
+            yield row, spans
 
 
 def both(model: Any, given: Any, outputs: Any) -> Any:

@@ -3,6 +3,7 @@ arXiv:1708.00055)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,7 +38,9 @@ class Regression(Task):
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         encoded = tokenized(rows, tokenizer, self.max_length)
-        return {**encoded, "labels": rows["label"]} if "label" in rows else encoded
+        if "label" in rows:
+            encoded["labels"] = [math.nan if number is None else number for number in rows["label"]]
+        return encoded
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         batch = pad(features, tokenizer)
@@ -49,7 +52,9 @@ class Regression(Task):
         return outputs.logits, batch["labels"]
 
     def loss(self, outputs: Any, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
-        return functional.mse_loss(outputs.logits.float().squeeze(-1), batch["labels"])
+        known = ~batch["labels"].isnan()  # a row without an answer has none
+        errors = (outputs.logits.float().squeeze(-1) - batch["labels"]).square()
+        return errors.where(known, 0.0).sum() / known.sum().clamp(min=1)
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
         return Correlations()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from niwaki.data.columns import check_marked, labels_of
 from niwaki.data.source import Needs
-from niwaki.errors import ConfigError, DataError
+from niwaki.errors import ConfigError, DataError, nearest
 from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 from niwaki.task.texts import columns_of
 
@@ -29,17 +29,18 @@ class Relation(Task):
     at <e2>, and the sum of both is the linear of the concatenation. `marks`: what stands around the first entity and
     the second in place of <e1> and <e2>, a token that the model knows already (Wu & He 2019, arXiv:1905.08284), so the
     embeddings stay as they are. A text that is too long is cut on both sides of its entities.
-    `other`: the label that f1 leaves out, where there is one.
+    `other`: the label that f1 leaves out; null: none.
     """
 
     needs: ClassVar[Needs] = Needs(required=("text", "label"), checks={"text": check_marked})
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[str] = "f1"
+    as_headed: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "other")
     paper: ClassVar[str] = "Baldini Soares et al. 2019, arXiv:1906.03158; Hendrickx et al. 2010"
 
     marks: Sequence[str] = ("$", "#")
-    other: str = "Other"
+    other: str | None = "Other"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +51,11 @@ class Relation(Task):
         labels = tuple(labels_of(dict(splits), "label"))
         if len(labels) < 2:
             raise DataError(f"data.train: has the one label {labels[0]!r}; relation needs at least two")
+        if self.other is not None and self.other not in labels:
+            raise ConfigError(
+                f"task.other={self.other!r}: is none of the {len(labels)} labels, of which the nearest is "
+                f"{nearest(self.other, labels)!r}; null counts all of them"
+            )
         return labels
 
     def outputs(self, labels: Sequence[str]) -> Sequence[str]:
@@ -77,6 +83,18 @@ class Relation(Task):
         half = first.shape[-1] // 2
         found: Tensor = first[:, :half] + second[:, half:]
         return found
+
+    def owners(self, outputs: Any, batch: Batch) -> Tensor:
+        return torch.arange(len(batch["marks"]), device=batch["marks"].device)
+
+    def equip(self, tokenizer: Any) -> None:
+        """Raise ConfigError for marks that the tokenizer does not tell apart."""
+        first = [tokenizer(mark.strip(), add_special_tokens=False)["input_ids"][:1] for mark in self.marks]
+        if not all(first) or first[0] == first[1] or [tokenizer.unk_token_id] in first:
+            raise ConfigError(
+                f"task.marks={list(self.marks)}: the tokenizer does not know them, or does not tell them apart; needs "
+                "two signs that it knows, such as ['$', '#'] or ['@', '^']"
+            )
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
         return RelationScores(labels, self)
@@ -126,7 +144,7 @@ def remarked(text: str, marks: Sequence[str]) -> tuple[str, dict[str, int]]:
             continue
         written += "" if not written or written[-1].isspace() else " "
         places[piece] = len(written)
-        written += f"{marks[piece.endswith('2>')]} "
+        written += f"{marks[piece.endswith('2>')].strip()} "
     return written, places
 
 
@@ -164,9 +182,10 @@ def directed(text: str, label: str) -> dict[str, str]:
 
 
 class RelationScores(Scores):
-    """f1 as SemEval-2010 Task 8 has it officially (Hendrickx et al. 2010): the mean of F1 over the relations but
-    `other`. A prediction is right where relation and direction are; both directions of a relation count together, in
-    what is predicted and in what is true. `accuracy` is over all labels, `other` and directions included."""
+    """f1 as SemEval-2010 Task 8 has it officially (Hendrickx et al. 2010): the mean of F1 over the relations that are
+    true of some row, but `other`. A prediction is right where relation and direction are; both directions of a relation
+    count together, in what is predicted and in what is true. `accuracy` is over all labels, `other` and directions
+    included."""
 
     def __init__(self, labels: Sequence[str], task: Relation) -> None:
         self._labels = list(labels)
@@ -183,9 +202,7 @@ class RelationScores(Scores):
 
     def compute(self) -> dict[str, float]:
         found, true = ([self._labels[i] for i in given] for given in (self._found, self._true))
-        rows = [
-            row for row in per_relation(found, true, self._task.other).values() if row["support"] or row["predicted"]
-        ]
+        rows = [row for row in per_relation(found, true, self._task.other).values() if row["support"]]
         hits = sum(one == other for one, other in zip(found, true, strict=True))
         return {
             **{name: sum(row[name] for row in rows) / max(len(rows), 1) for name in ("f1", "precision", "recall")},
@@ -198,7 +215,7 @@ class RelationScores(Scores):
         return {"per_relation": per_relation(found, true, self._task.other)}
 
 
-def per_relation(found: Sequence[str], true: Sequence[str], other: str) -> dict[str, dict[str, float]]:
+def per_relation(found: Sequence[str], true: Sequence[str], other: str | None) -> dict[str, dict[str, float]]:
     """Precision, recall, F1, support and how often it was predicted, of each relation but `other`, its two directions
     as one; right is only what has the right direction."""
     names = sorted({plain(label) for label in (*found, *true)} - {other})

@@ -79,6 +79,7 @@ class Task(abc.ABC):
     writes: ClassVar[bool] = False  # texts, by a search over one token after another
     whole: ClassVar[bool] = False  # a split is encoded in one piece rather than row by row
     unit: ClassVar[str] = "rows"  # what a split is counted in, once it is encoded
+    as_headed: ClassVar[bool] = True  # its predictions are the outputs of the head, of rows or of tokens
     token_columns: ClassVar[tuple[str, ...]] = ("input_ids",)  # the features that hold tokens
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing",)  # settings that `encode` does not read, beside STARTS
     paper: ClassVar[str] = ""
@@ -127,7 +128,18 @@ class Task(abc.ABC):
 
     def conflict(self, recipe: Recipe) -> str | None:
         """The reason why this task cannot be part of such a run, or None."""
+        for stage in () if self.as_headed else recipe.stages:
+            given = [f"{name}={value}" for name in ("cache", "top_k") if (value := getattr(stage, name, None))]
+            if given:
+                return (
+                    f"{stage.name} with {given[0]} and task={self.name}: a prediction is put together of several "
+                    "outputs of the head, and what is kept is told by these; leave it out"
+                )
         return None
+
+    def read_as(self, column: str, value: Any) -> Any:
+        """A row's answer in the labels that the task learns."""
+        return value
 
     def begin(self, model: Any, corpus: Corpus) -> None:
         """Write what of the head is computed of a model that was just loaded, rather than learned; in its tokens."""

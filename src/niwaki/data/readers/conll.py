@@ -42,13 +42,20 @@ def read_conll(path: Path, origin: str, wanted: Collection[str]) -> Rows:
 
 def checked_tag(tag: str, place: str) -> str:
     """`tag`, which must not look like that of an entity and be none."""
-    marked = MARKED.fullmatch(tag)
-    if marked and (marked[1] not in BEGIN + INSIDE or not marked[2]):
-        raise DataError(
-            f"{place}: tag {tag!r} begins with {marked[1]}-, must be O, or one of B-, I- (IOB), E-, S- (BIOES), L-, U- "
-            "(BILOU) and M- (BMES) before the type of an entity"
-        )
+    if wrong := wrong_tag(tag):
+        raise DataError(f"{place}: tag {tag!r} {wrong}")
     return tag
+
+
+def wrong_tag(tag: str) -> str | None:
+    """What is wrong with a tag that looks like that of an entity and is none."""
+    marked = MARKED.fullmatch(tag)
+    if not marked or (marked[1] in BEGIN + INSIDE and marked[2]):
+        return None
+    return (
+        f"begins with {marked[1]}-, must be O, or one of B-, I- (IOB), E-, S- (BIOES), L-, U- (BILOU) and M- (BMES) "
+        "before the type of an entity"
+    )
 
 
 def iob2(tags: list[str]) -> list[str]:
