@@ -150,6 +150,7 @@ def finish(recipe: Recipe, corpus: Corpus, work: Work, folder: Path) -> Finished
     is said goes to `folder`/expected.pt."""
     recipe.task.refit(work.model, corpus)
     settle(recipe, work)
+    recipe.task.refit(work.model, corpus)
     inputs = recipe.task.inputs(next(iter(corpus.evaluation("test"))))
     stacked = logits(work.model, inputs)
     work.context.records.update(fold(work.context.targets))

@@ -55,8 +55,9 @@ def run(recipe: Recipe, folder: Path, config: Mapping[str, Any], *, resume: bool
     console.learning(model)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     fitted = fit(recipe, corpus, work, folder, config, resume=resume)
-    recipe.task.refit(model, corpus)
+    recipe.task.refit(model, corpus)  # before what comes after the fit, which may look at predictions,
     settle(recipe, work)
+    recipe.task.refit(model, corpus)  # and in what that left of the model
     fold_and_convert(recipe, work)
     artifact.save(
         folder / "model", model=model, tokenizer=corpus.tokenizer, task=recipe.task, labels=corpus.labels,

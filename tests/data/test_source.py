@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from niwaki.data.columns import check_index, check_number
+from niwaki.data.columns import check_index, check_number, check_zero_or_one
 from niwaki.data.source import Needs, Source
 from niwaki.errors import ConfigError, DataError
 

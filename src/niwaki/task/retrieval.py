@@ -114,7 +114,8 @@ class Retrieval(Task):
         query, item, follows = batch["query"], batch["item"], batch["labels"] == 1
         known = (query[own, None] == query) & follows  # (positives, rows): what else follows the same history
         # Of equal candidates, and of those that follow as well, only the row's own stands.
-        alike = (known[:, :, None] & (item[:, None] == item)).any(1) | (item[own, None] == item)
+        same = item[:, None] == item
+        alike = (known.float() @ same.float() > 0) | same[own]
         alike[torch.arange(len(own), device=own.device), own] = False
         return self.predictions(outputs, batch)[own].masked_fill(alike, NEVER), own
 

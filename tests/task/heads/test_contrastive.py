@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from niwaki import artifact
 from niwaki.errors import ConfigError
-from niwaki.pipeline import run
+from niwaki.pipeline import judge, run
 from niwaki.task.heads.contrastive import Contrastive
 
 HEAD = "task.head=contrastive"
@@ -148,3 +148,19 @@ def judge_of(made: Any) -> Any:
 def test_refusals(begun: Callable[..., Any], overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         begun(HEAD, *overrides)
+
+
+def test_the_regression_is_that_of_the_compressed_model(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """What comes after the fit changes the embeddings; computed again in the artifact, the head is the same."""
+    settings = [
+        "compression=quantize/weight_only",
+        "compression.weight_only.bits=2",
+        "compression.weight_only.group=16",
+    ]
+    made = recipe(HEAD, "task.pairs=3", "trainer.max_steps=4", *settings)
+    run(made, tmp_path, {})
+    saved = artifact.load(tmp_path / "model")
+    stored = saved.model.head.weight.clone()
+    corpus, _ = judge(made)
+    made.task.refit(saved.model, corpus)
+    assert torch.allclose(saved.model.head.weight, stored, atol=1e-3)

@@ -15,7 +15,7 @@ from niwaki import artifact
 from niwaki.errors import ConfigError
 from niwaki.inference import answers
 from niwaki.model.anatomy import Anatomy
-from niwaki.pipeline import run
+from niwaki.pipeline import judge, run
 
 HEAD = [
     "task.head=in_context",
@@ -115,3 +115,19 @@ def test_demonstrations_are_part_of_the_artifact(recipe: Callable[..., Any], tmp
 def test_refusals(begun: Callable[..., Any], overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         begun(*HEAD, *overrides)
+
+
+def test_the_calibration_is_of_the_compressed_model(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    settings = [
+        "compression=quantize/weight_only",
+        "compression.weight_only.bits=2",
+        "compression.weight_only.group=16",
+    ]
+    made = recipe(*HEAD, "trainer.max_steps=null", *settings)
+    run(made, tmp_path, {})
+    saved = artifact.load(tmp_path / "model")
+    stored = saved.model.words.content_free.clone()
+    corpus, _ = judge(made)
+    made.task.refit(saved.model, corpus)
+    assert torch.allclose(saved.model.words.content_free, stored, atol=1e-3)
+    assert stored.abs().max() > 0.01

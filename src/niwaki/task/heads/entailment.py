@@ -73,7 +73,7 @@ class Entailment(Head):
         """`input_ids` and `token_type_ids` of a row: a list for each label."""
         if "text_pair" in rows:
             raise ConfigError(f"{self.setting}: reads one text and a hypothesis, and the rows have a text_pair")
-        claims = [self.template.format(text) for text in descriptions.described(labels, self.descriptions)]
+        claims = [self.template.replace("{}", text) for text in descriptions.described(labels, self.descriptions)]
         longest = max(len(ids) for ids in tokenizer(claims)["input_ids"])
         if longest >= self.max_length:
             raise ConfigError(

@@ -92,6 +92,10 @@ class InContext(Prompt):
                 f"{self.setting}: {len(parts)} of {len(chosen)} demonstrations fit into the {room} tokens of the model"
             )
         model.words.open_with([*opening, *(token for part in parts for token in part)])
+        self.refit(model, corpus)
+
+    def refit(self, model: Any, corpus: Corpus) -> None:
+        """What the model says of texts without content: of the model that it has become."""
         model.words.content_free.zero_()
         if self.calibrate:
             model.words.content_free.copy_(self.said_of_nothing(model, corpus))

@@ -70,7 +70,7 @@ class LabelEmbedding(Head):
     def begin(self, model: Any, corpus: Corpus) -> None:
         if not getattr(model, "head_is_new", True):
             return
-        texts = [self.template.format(text) for text in descriptions.described(corpus.labels, self.descriptions)]
+        texts = [self.template.replace("{}", text) for text in descriptions.described(corpus.labels, self.descriptions)]
         with torch.no_grad():
             model.head.weight.copy_(torch.cat([self.embedded(part, model, corpus) for part in batched(texts)]))
 
