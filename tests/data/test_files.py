@@ -455,3 +455,10 @@ def test_the_first_row_of_another_type_is_named(tmp_path: Path) -> None:
         "data.train=FILE line 18: column 'choices' holds ['a', 2], whose types do not form one column with the rows "
         "before"
     )
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "b"}\n{"text": "x \\ud800", "label": "b"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl line 2: column 'text' holds 'x .*ud800', half of a character"):
+        Files(train=str(path)).splits(Needs(required=("text", "label")), 0)

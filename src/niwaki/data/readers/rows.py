@@ -65,7 +65,7 @@ def rows_from(
             continue
         try:
             arrays[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
             at = first_that_does_not_fit(values)
             raise DataError(f"{origin} {unit} {numbers[at]}: column {name!r} {unlike(values[: at + 1])}") from None
     return Rows(table=pa.table(arrays), numbers=numbers, unit=unit)
@@ -78,7 +78,7 @@ def first_that_does_not_fit(values: list) -> int:
     def fits(count: int) -> bool:
         try:
             pa.array(values[:count])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
             return False
         return True
 
@@ -88,6 +88,8 @@ def first_that_does_not_fit(values: list) -> int:
 def unlike(values: list) -> str:
     """What is wrong with the last of these values."""
     last = values[-1]
+    if any("\ud800" <= character <= "\udfff" for character in str(last)):
+        return f"holds {ascii(last):.60}, half of a character; write whole ones"
     before = next((type(value).__name__ for value in values[:-1] if value is not None), None)
     if before is None or type(last).__name__ == before:
         return f"holds {last!r:.60}, whose types do not form one column" + (" with the rows before" if before else "")
