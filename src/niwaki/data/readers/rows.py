@@ -89,7 +89,7 @@ def unlike(values: list) -> str:
     """What is wrong with the last of these values."""
     last = values[-1]
     if any("\ud800" <= character <= "\udfff" for character in str(last)):
-        return f"holds {ascii(last):.60}, half of a character; write whole ones"
+        return f"holds {last!a:.60}, half of a character; write whole ones"
     before = next((type(value).__name__ for value in values[:-1] if value is not None), None)
     if before is None or type(last).__name__ == before:
         return f"holds {last!r:.60}, whose types do not form one column" + (" with the rows before" if before else "")
