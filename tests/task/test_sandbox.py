@@ -163,6 +163,22 @@ def test_the_disk_is_not_filled() -> None:
     fails("x = [open(str(i), 'w') for i in range(1000)]", "Too many open files")
 
 
+def test_no_room_is_set_aside_behind_the_end_of_a_file(tmp_path: Path) -> None:
+    """FALLOC_FL_KEEP_SIZE takes blocks that no size tells."""
+    kept = (
+        "import ctypes, os\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
+        "library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]\n"
+        "file = os.open('own', os.O_RDWR | os.O_CREAT)\n"
+        "assert library.fallocate(file, 1, 0, 2**26) == 0, ctypes.get_errno()\nimport time\ntime.sleep(0.3)\n"
+    )
+    assert run(kept, "", QUICK) == Outcome(False, "AssertionError: 1")
+    assert "wrote more than 8 MiB" in run(kept, "", QUICK, isolated=False).reason
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "own").write_bytes(b"x" * 10**5)
+    (tmp_path / "small").write_text("x")
+    assert 10**5 + 2 * 4096 <= sandbox.size_of(tmp_path) <= 2 * 10**5
+
+
 def test_output_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
     fails("while True:\n    print('x' * 10**6)", "ran longer than 1 s", Limits(seconds=1.0))
     assert run("import sys\nprint('x' * 10**7)\nprint('y', file=sys.stderr)\n" + RIGHT, TESTS, QUICK) == Outcome(True)

@@ -142,12 +142,14 @@ def listen(child: subprocess.Popen[bytes], report: int, folder: Path, limits: Li
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, which may change meanwhile; each counts for one block at least."""
+    """Bytes that the files below a folder take, which may change meanwhile: as long as they are, or as many as were set
+    aside for them; each counts for one block at least."""
     total = 0
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
             with suppress(OSError):
-                total += max(4096, entry.stat(follow_symlinks=False).st_size)
+                found = os.stat(os.path.join(place, name), follow_symlinks=False)
+                total += max(4096, found.st_size, found.st_blocks * 512)
     return total
 
 

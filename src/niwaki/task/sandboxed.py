@@ -46,7 +46,8 @@ CALLS = {
     "utimensat": (280, 88), "futimesat": (261,), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45),
     "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "prctl": (157, 167), "seccomp": (317, 277),
+    "fallocate": (285, 47), "memfd_create": (319, 279), "memfd_secret": (447, 447), "prctl": (157, 167),
+    "seccomp": (317, 277),
 }  # fmt: skip
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place in the list, AUDIT_ARCH
 CLONE, FCNTL = (56, 220), (72, 25)
