@@ -179,6 +179,31 @@ def test_no_room_is_set_aside_behind_the_end_of_a_file(tmp_path: Path) -> None:
     assert 10**5 + 2 * 4096 <= sandbox.size_of(tmp_path) <= 2 * 10**5
 
 
+def test_what_is_written_stays_in_sight() -> None:
+    """A file that is removed, replaced or nameless takes room as long as it is mapped."""
+    for attack in (
+        "import os\nopen('own', 'w')\nos.unlink('own')",
+        "import os\nopen('a', 'w'), open('b', 'w')\nos.rename('a', 'b')",
+        "import os\nos.open('.', os.O_TMPFILE | os.O_RDWR)",
+        "import ctypes, os\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
+        "if os.uname().machine == 'x86_64' and library.syscall(2, b'.', os.O_TMPFILE | os.O_RDWR, 0o600) < 0:\n"
+        "    raise PermissionError",
+    ):  # fmt: skip
+        fails(attack, "PermissionError")
+    wide = (
+        "import ctypes, os\nlibrary = ctypes.CDLL(None, use_errno=True)\nhow = (ctypes.c_uint64 * 3)(2, 0, 0)\n"
+        "if library.syscall(437, -100, b'/dev/null', how, 24) < 0:\n    raise OSError(ctypes.get_errno(), 'openat2')"
+    )
+    fails(wide, "OSError: [Errno 38] openat2")
+    hidden = (
+        "import mmap, os\nheld = []\nfor number in range(1000):\n    name = f'file{number}'\n"
+        "    file = os.open(name, os.O_RDWR | os.O_CREAT)\n    os.write(file, b'x' * 10**6)\n"
+        "    held.append(mmap.mmap(file, 4096))\n    os.close(file)\n"
+        "    try:\n        os.unlink(name)\n    except OSError:\n        pass\n"
+    )
+    assert "wrote more than 8 MiB" in run(hidden + "import time\ntime.sleep(1)", TESTS, QUICK).reason
+
+
 def test_output_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
     fails("while True:\n    print('x' * 10**6)", "ran longer than 1 s", Limits(seconds=1.0))
     assert run("import sys\nprint('x' * 10**7)\nprint('y', file=sys.stderr)\n" + RIGHT, TESTS, QUICK) == Outcome(True)

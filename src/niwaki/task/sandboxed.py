@@ -2,7 +2,8 @@
 may do, runs a solution and then its tests, and says that they ran. `sandbox.py` starts it, by its path.
 
 Given up, by Linux's own means, none of which needs root: limits of memory, processor, files (setrlimit); reading but
-for Python's own files and writing but for one folder (Landlock, kernel 5.13); and, by a filter of system calls
+for Python's own files and writing but for one folder, in which a file that is made stays, under its name (Landlock,
+kernel 5.13); and, by a filter of system calls
 (seccomp), sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files,
 and every call that is newer than the list below.
 """
@@ -50,17 +51,24 @@ CALLS = {
     "seccomp": (317, 277),
 }  # fmt: skip
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place in the list, AUDIT_ARCH
-CLONE, FCNTL = (56, 220), (72, 25)
+CLONE, FCNTL, OPEN, OPENAT, OPENAT2 = (56, 220), (72, 25), (2,), (257, 56), 437
 CLONE3, NEWEST = 435, 452  # what a C library tries first for a thread; the last call that is known here
 CLONE_THREAD = 0x10000
+O_TMPFILE = 0x400000  # a file without a name
 F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15  # whom the kernel signals when a file has news
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data, low halves
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = (
+    0,
+    4,
+    16,
+    24,
+    32,
+)  # offsets in struct seccomp_data, low halves
 
 # Rights of Landlock, in the order of the bits.
-WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << bit for bit in (1, 2, 3, 5, 8, 14))
+WRITE_FILE, READ_FILE, READ_DIR, MAKE_REG, TRUNCATE = (1 << bit for bit in (1, 2, 3, 8, 14))
 RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # from this version on
 READ = READ_FILE | READ_DIR
 READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom")
@@ -93,7 +101,8 @@ def give_up_files(library: ctypes.CDLL, folder: str) -> None:
     parts = [rights] + [3] * (version >= 4) + [3] * (version >= 6)  # files; TCP; sockets of others, signals to others
     rules = ctypes.create_string_buffer(struct.pack(f"={len(parts)}Q", *parts))
     ruleset = called(library, "syscall", 444, rules, 8 * len(parts), 0)
-    inside = READ | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE  # plain files, side by side
+    # Plain files, side by side, that stay: what is removed and still mapped takes room that nobody sees.
+    inside = READ | WRITE_FILE | MAKE_REG | TRUNCATE
     allowed = {path: READ for path in (*READABLE, sys.base_prefix, sys.base_exec_prefix) if path != "/"}
     for path, access in {**allowed, "/dev/null": READ | WRITE_FILE, folder: inside}.items():
         if os.path.exists(path):
@@ -114,10 +123,16 @@ def filter_of(machine: str) -> bytes:
         (LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER),
         (AT_LEAST, 0, 1, NEWEST + 1), (RETURN, 0, 0, ERRNO | ENOSYS),  # those of another convention too
-        (EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ERRNO | ENOSYS),
+        (EQUAL, 1, 0, CLONE3), (EQUAL, 0, 1, OPENAT2), (RETURN, 0, 0, ERRNO | ENOSYS),
     ]  # fmt: skip
     for number in refused:
         lines += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | EPERM)]
+    for numbers, flags in ((OPEN, SECOND_ARGUMENT), (OPENAT, THIRD_ARGUMENT)):
+        if len(numbers) > column:
+            lines += [
+                (EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, flags), (ANY_BIT, 0, 1, O_TMPFILE),
+                (RETURN, 0, 0, ERRNO | EPERM), (RETURN, 0, 0, ALLOW),
+            ]  # fmt: skip
     lines += [
         (EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD),
         (RETURN, 0, 0, ERRNO | EPERM), (RETURN, 0, 0, ALLOW),
