@@ -123,14 +123,19 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_where_there_is_no_sandbox_the_task_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from niwaki.model.anatomy import Anatomy
 
-    def none() -> None:
-        raise sandbox.NoSandbox("task.unsafe=false: no")
+    asked = []
+
+    def none(limits: sandbox.Limits, *, isolated: bool) -> None:
+        asked.append(limits)
+        if isolated:
+            raise sandbox.NoSandbox("task.unsafe=false: no")
 
     monkeypatch.setattr(sandbox, "check", none)
     model, _ = tiny("llama", CodeGeneration())
     with pytest.raises(ConfigError, match=r"task.unsafe=false"):
         CodeGeneration().check(Anatomy.of(model))
-    CodeGeneration(unsafe=True).check(Anatomy.of(model))
+    CodeGeneration(unsafe=True, timeout=7.0, memory=100).check(Anatomy.of(model))
+    assert asked == [sandbox.Limits(), sandbox.Limits(seconds=7.0, memory=100)]
 
 
 def test_predict_writes_code() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from niwaki.errors import ConfigError
 from niwaki.task import sandbox
-from niwaki.task.sandbox import Limits, Outcome, run
+from niwaki.task.sandbox import Limits, NoSandbox, Outcome, run
 
 QUICK = Limits(seconds=2.0)
 RIGHT = "def double(x):\n    return 2 * x\n"
@@ -94,6 +94,45 @@ def test_a_forged_report_is_none() -> None:
         "    try:\n        os.write(fd, b'P' + b'0' * 32)\n    except OSError:\n        pass\n"
     )
     assert not run(forged + RIGHT, TESTS, QUICK).passed
+
+
+def test_tests_and_number_wait_elsewhere_while_the_solution_is_loaded() -> None:
+    forged = (
+        "import os, sys\nframe = sys._getframe(1)\nwhile frame:\n    f = frame.f_locals\n"
+        "    if 'report' in f:\n        os.set_blocking(f['told'], False)\n        word = os.read(f['told'], 64)\n"
+        "        os.write(f['report'], b'LTP' + word)\n        os._exit(0)\n    frame = frame.f_back\n"
+    )
+    assert run(forged, "assert False", QUICK).reason.startswith("BlockingIOError")
+    searched = (
+        "import gc, sys\nfound = [one for one in gc.get_objects() if isinstance(one, dict) for text in one.values()\n"
+        "    if isinstance(text, str) and 'a' 'mid the tests' in text]\n"
+        "frame = sys._getframe(1)\nassert not {'job', 'tests', 'report', 'told'} & set(frame.f_locals)\n"
+    )
+    assert run(searched, "'amid the tests'\nassert not found", QUICK) == Outcome(True)
+
+
+def test_an_answer_that_comes_before_its_question_is_none() -> None:
+    """Nor one that was never asked for."""
+    for word in ("L", "T", "LT", "LTP", "P", "LTP" + "0" * 32, "R"):
+        said = f"import os\nfor fd in range(3, 32):\n    try: os.write(fd, b{word!r})\n    except OSError: pass\n"
+        assert not run(said + "os._exit(0)", "assert False", QUICK).passed
+        assert not run(said, "assert False", QUICK).passed
+
+
+def test_tests_have_the_names_of_python_as_they_were() -> None:
+    changed = "import builtins\nbuiltins.abs = builtins.len = lambda x: -1\nbuiltins.more = 1\n"
+    assert run(changed, "assert abs(-3) < 1") == Outcome(False, "AssertionError")
+    assert run(changed, "assert len('ab') == 2\nmore").reason.startswith("NameError")
+    own = "__builtins__ = {'abs': lambda x: -1, 'AssertionError': ValueError}\n"
+    assert run(own, "assert abs(-3) < 1") == Outcome(False, "AssertionError")
+
+
+def test_tests_of_any_size_are_handed_over() -> None:
+    long = "# " + "x" * 10**6 + "\n"
+    assert run(RIGHT, long + TESTS, QUICK) == Outcome(True)
+    assert run(RIGHT, long + "assert False", QUICK) == Outcome(False, "AssertionError")
+    assert not run("import os\nos.closerange(3, 32)", long + TESTS, QUICK).passed
+    assert run(RIGHT, "'\ud800'", QUICK).reason.startswith("UnicodeDecodeError")
 
 
 def test_loops_are_stopped() -> None:
@@ -251,3 +290,31 @@ def test_without_isolation_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(ConfigError, match=r"task.unsafe=false: this machine cannot isolate a process"):
         run(RIGHT, TESTS)
     assert run(RIGHT, TESTS, isolated=False) == Outcome(True)
+
+
+@pytest.mark.parametrize(
+    ("harness", "why"),
+    [
+        ("import sys\nsys.exit(3)", "ended with 3"),
+        ("import os\nos.abort()", "ended by SIGABRT"),
+        ("import os, sys\nos.write(int(sys.argv[1]), b'X' + b'OSError: no')", "OSError: no"),
+    ],
+)
+def test_a_process_that_ends_before_the_program_is_no_failure_of_the_program(
+    harness: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "sandboxed.py"
+    broken.write_text(harness)
+    monkeypatch.setattr(sandbox, "CHILD", broken)
+    for isolated in (True, False):
+        with pytest.raises(NoSandbox, match=f"task.unsafe={not isolated}".lower() + rf".*\({why}\)"):
+            run(RIGHT, TESTS, isolated=isolated)
+
+
+def test_the_trial_has_to_pass_within_the_limits_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.check(Limits(seconds=20.0))
+    short = Limits(seconds=1e-6)
+    with pytest.raises(NoSandbox, match=r"task.timeout=1e-06 s \(a program that does nothing ran longer than"):
+        sandbox.check(short)
+    with pytest.raises(NoSandbox, match=r"task\.memory=8 MiB"):
+        sandbox.check(Limits(memory=8), isolated=False)

@@ -35,7 +35,8 @@ class CodeGeneration(TextToText):
     A prompt with the head of a function (HumanEval) is gone on with; any other (MBPP) is shown as a docstring with the
     first `shown_tests` lines of its tests, and the answer is the whole program. An answer ends before the first of
     `stop`; null is what the two benchmarks use. Each runs for `timeout` seconds at most, in a sandbox; `unsafe` runs it
-    with your rights where there is none. Prompts that are too long lose their beginning.
+    with your rights where there is none. A program and its tests share a process, so one that is written to deceive the
+    tests while they run passes, which no sandbox can rule out. Prompts that are too long lose their beginning.
     """
 
     needs: ClassVar[Needs] = Needs(required=("prompt", "solution", "tests", "entry_point"), optional=("id",))
@@ -72,8 +73,12 @@ class CodeGeneration(TextToText):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        if not self.unsafe:
-            sandbox.check()
+        sandbox.check(self.limits, isolated=not self.unsafe)
+
+    @property
+    def limits(self) -> sandbox.Limits:
+        """Of each program."""
+        return sandbox.Limits(seconds=float(self.timeout), memory=self.memory)
 
     def _sources(self, rows: Rows) -> list[str]:
         tests = rows.get("tests") or [""] * len(rows["prompt"])
@@ -104,8 +109,7 @@ class CodeGeneration(TextToText):
         return text[: min((place for one in own if (place := text.find(one)) >= 0), default=len(text))]
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> PassScores:
-        limits = sandbox.Limits(seconds=float(self.timeout), memory=self.memory)
-        return PassScores(tokenizer, tuple(self.k), limits, isolated=not self.unsafe)
+        return PassScores(tokenizer, tuple(self.k), self.limits, isolated=not self.unsafe)
 
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]

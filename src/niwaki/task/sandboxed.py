@@ -1,5 +1,5 @@
 """What runs inside of the sandbox, in an interpreter of its own with the standard library alone: it gives up what it
-may do, runs a solution and then its tests, and says that they ran. `sandbox.py` starts it, by its path.
+may do, runs a solution, asks for its tests, runs them, and says that they ran. `sandbox.py` starts it, by its path.
 
 Given up, by Linux's own means, none of which needs root: limits of memory, processor, files (setrlimit); reading but
 for Python's own files and writing but for one folder, in which a file that is made stays, under its name (Landlock,
@@ -8,6 +8,7 @@ kernel 5.13); and, by a filter of system calls
 and every call that is newer than the list below.
 """
 
+import builtins
 import ctypes
 import json
 import os
@@ -17,7 +18,7 @@ import struct
 import sys
 import types
 
-READY, PASSED, FAILED, REFUSED = b"R", b"P", b"F", b"X"
+READY, LOADED, TESTED, PASSED, FAILED, REFUSED = b"R", b"L", b"T", b"P", b"F", b"X"
 EPERM, ENOSYS = 1, 38
 
 # Numbers of system calls: x86_64, then aarch64 where there is such a call.
@@ -166,29 +167,56 @@ def isolate(folder: str) -> None:
     give_up_calls(library)
 
 
-def main(report: int, token: int) -> None:
-    """Run what stands in the standard input, as JSON; `report` and `token`: the pipes to say how it went, and to read
-    what nobody can know who did not get to the end of the tests."""
+def execute(text: str, kind: str, names: dict[str, object]) -> None:
+    """Run Python: the frame that the program can look up to."""
+    run = exec
+    code = compile(text, kind, "exec", dont_inherit=True)
+    del text
+    run(code, names)
+
+
+def restore(kept: dict[str, object]) -> None:
+    """Python's own names as they were."""
+    own = builtins.__dict__
+    own.update(kept)
+    for name in [name for name in own if name not in kept]:
+        del own[name]
+
+
+def main(report: int, told: int) -> None:
+    """Run what stands in the standard input, as JSON; by the pipe `report` this process says how it went, by `told` it
+    hears the tests once the solution is loaded, and once they have run what it has to say then."""
+    read, write, untrace, unprofile, leave = os.read, os.write, sys.settrace, sys.setprofile, os._exit
     job = json.loads(sys.stdin.buffer.read())
-    read, write, compiled, run = os.read, os.write, compile, exec  # before anyone can put others in their place
-    untrace, unprofile, leave = sys.settrace, sys.setprofile, os._exit
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    solution, isolated = job["solution"], job["isolated"]
     try:
         limit(job["memory"], job["seconds"], job["file"], job["files"])
-        if job["isolated"]:
+        if isolated:
             isolate(os.getcwd())
-    except OSError as error:
-        write(report, REFUSED + str(error).encode())
+    except Exception as error:
+        write(report, REFUSED + f"{type(error).__name__}: {error}".encode())
         leave(1)
+    # Before anyone can put others in their place.
+    start, again, kept, from_bytes = execute, restore, dict(builtins.__dict__), int.from_bytes
+    names = module.__dict__
+    del job
     write(report, READY)
     try:
         # Apart, so that no solution can make the tests a part of a text or of a branch of its own.
-        run(compiled(job["solution"], "solution", "exec", dont_inherit=True), module.__dict__)
+        start(solution, "solution", names)
         untrace(None)
         unprofile(None)
-        run(compiled(job["tests"], "tests", "exec", dont_inherit=True), module.__dict__)
+        again(kept)
+        names["__builtins__"] = builtins
+        write(report, LOADED)
+        heard = b""
+        size = from_bytes(read(told, 8), "little")
+        while len(heard) < size:
+            heard += read(told, size - len(heard)) or leave(1)  # there is nobody to ask
+        start(heard.decode(), "tests", names)
     except BaseException as error:
         kind = type(error).__name__
         try:
@@ -197,7 +225,8 @@ def main(report: int, token: int) -> None:
             said = kind
         write(report, FAILED + said[:200].encode(errors="replace"))
         leave(1)
-    write(report, PASSED + read(token, 64))
+    write(report, TESTED)
+    write(report, PASSED + read(told, 64))
     leave(0)
 
 
