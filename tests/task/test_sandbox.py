@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from niwaki.errors import ConfigError
-from niwaki.task import sandbox
+from niwaki.task import sandbox, sandboxed
 from niwaki.task.sandbox import Limits, NoSandbox, Outcome, run
 
 QUICK = Limits(seconds=2.0)
@@ -194,6 +194,29 @@ def test_files_of_others_are_neither_read_nor_written(tmp_path: Path) -> None:
     assert victim.read_text() == "mine"
     assert victim.stat().st_mode & 0o777 != 0o777
     assert list(tmp_path.iterdir()) == [victim]
+
+
+def test_what_others_added_to_python_is_not_read(tmp_path: Path) -> None:
+    for name in ("python3.11/site-packages/a", "python3/dist-packages/b", "python3.11/json", "gcc"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "python3.11" / "os.py").touch()
+    (tmp_path / "python3.11" / "link.py").symlink_to("/etc/passwd")
+    read = sandboxed.READ_DIR | sandboxed.READ_FILE
+    found = sandboxed.without_installed(str(tmp_path))
+    assert {str(Path(path).relative_to(tmp_path)): right for path, right in found.items()} == {
+        ".": sandboxed.READ_DIR, "python3": sandboxed.READ_DIR, "python3.11": sandboxed.READ_DIR, "gcc": read,
+        "python3.11/json": read, "python3.11/os.py": read,
+    }  # fmt: skip
+    installed = "import os, sys\nplace = os.path.join(os.path.dirname(os.__file__), 'site-packages')\n"
+    opened = "for name in os.listdir(place):\n    open(os.path.join(place, name)) if '.' in name else None\n"
+    if list(Path(os.__file__).parent.glob("site-packages/*.*")):
+        fails(installed + opened, "PermissionError")
+
+
+def test_files_of_others_are_not_watched() -> None:
+    for call in ("inotify_init()", "inotify_init1(0)", "inotify_add_watch(3, b'/', 0xfff)"):
+        watched = f"import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\nassert library.{call} >= 0, "
+        fails(watched + "ctypes.get_errno()", "AssertionError: 1")
 
 
 def test_the_disk_is_not_filled() -> None:

@@ -146,6 +146,7 @@ def listen(
     it is told once it has said something."""
     said, due, begin, ready = b"", b"", time.monotonic(), False
     while len(said) <= LONGEST:
+        ended = child.poll() is not None  # before the look, which then sees the last that it said
         heard, open_to, _ = select.select([report], [told] if due else [], [], LOOK)
         if open_to:
             try:
@@ -166,7 +167,7 @@ def listen(
             return said, f"ran longer than {limits.seconds:g} s" if ready else "did not start"
         if size_of(folder) > limits.disk * MIB:
             return said, f"wrote more than {limits.disk} MiB"
-        if not heard and child.poll() is not None:
+        if ended and not heard:
             return said, ""
     return said, "said too much"
 

@@ -5,7 +5,11 @@ Given up, by Linux's own means, none of which needs root: limits of memory, proc
 for Python's own files and writing but for one folder, in which a file that is made stays, under its name (Landlock,
 kernel 5.13); and, by a filter of system calls
 (seccomp), sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files,
-and every call that is newer than the list below.
+news of files (inotify), and every call that is newer than the list below.
+
+Not given up, since neither Landlock nor the filter can refuse it alone: to ask whether a file outside is there, how
+long it is, whose, and when it changed (stat, readlink), and so which processes there are (/proc); names, not contents,
+in the folders of Python; the clock.
 """
 
 import builtins
@@ -32,6 +36,7 @@ CALLS = {
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262),
+    "inotify_init": (253,), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "personality": (135, 92), "vhangup": (153, 58),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
@@ -72,7 +77,9 @@ NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = (
 WRITE_FILE, READ_FILE, READ_DIR, MAKE_REG, TRUNCATE = (1 << bit for bit in (1, 2, 3, 8, 14))
 RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # from this version on
 READ = READ_FILE | READ_DIR
-READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+READABLE = ("/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom")
+INSTALLED = ("site-packages", "dist-packages")  # what somebody added to Python
 
 
 def limit(memory: int, seconds: int, file: int, files: int) -> None:
@@ -95,6 +102,21 @@ def called(library: ctypes.CDLL, what: str, *values: object) -> int:
     return found
 
 
+def without_installed(folder: str) -> dict[str, int]:
+    """Rights to read a folder of libraries, but for the packages that somebody added to a Python in it."""
+    found = {folder: READ_DIR}  # of all names below it: modules are looked for in a list of them
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return {}
+    for entry in entries:
+        if entry.is_symlink() or entry.name in INSTALLED:
+            continue
+        of_python = entry.is_dir() and entry.name.startswith(("python", "pypy"))
+        found |= without_installed(entry.path) if of_python else {entry.path: READ}
+    return found
+
+
 def give_up_files(library: ctypes.CDLL, folder: str) -> None:
     """Read Python's own files, write in `folder`, and nothing else of any file system."""
     version = called(library, "syscall", 444, None, 0, 1)
@@ -104,7 +126,14 @@ def give_up_files(library: ctypes.CDLL, folder: str) -> None:
     ruleset = called(library, "syscall", 444, rules, 8 * len(parts), 0)
     # Plain files, side by side, that stay: what is removed and still mapped takes room that nobody sees.
     inside = READ | WRITE_FILE | MAKE_REG | TRUNCATE
-    allowed = {path: READ for path in (*READABLE, sys.base_prefix, sys.base_exec_prefix) if path != "/"}
+    own = [
+        os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.base_exec_prefix) for name in ("lib", "lib64")
+    ]
+    allowed = dict.fromkeys(READABLE, READ)
+    for folder_of_libraries in dict.fromkeys(
+        map(os.path.realpath, (*LIBRARIES, *own, *filter(os.path.isdir, sys.path)))
+    ):
+        allowed |= without_installed(folder_of_libraries)
     for path, access in {**allowed, "/dev/null": READ | WRITE_FILE, folder: inside}.items():
         if os.path.exists(path):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
