@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -313,6 +315,45 @@ def test_without_isolation_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(ConfigError, match=r"task.unsafe=false: this machine cannot isolate a process"):
         run(RIGHT, TESTS)
     assert run(RIGHT, TESTS, isolated=False) == Outcome(True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is the parent of those that lose theirs")
+@pytest.mark.parametrize("end", ["", "while True:\n    pass\n", "os._exit(0)\n", "os.kill(os.getpid(), 9)\n"])
+def test_without_isolation_what_was_started_ends_too(end: str, tmp_path: Path) -> None:
+    """In a session of its own, and without its parent."""
+    told = tmp_path / "told"
+    daemon = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.setsid()\n"
+        f"        open({str(told)!r} + '-', 'w').write(str(os.getpid()))\n"
+        f"        os.rename({str(told)!r} + '-', {str(told)!r})\n"
+        "        while True:\n            time.sleep(1)\n    os._exit(0)\nos.wait()\n"
+        f"while not os.path.exists({str(told)!r}):\n    time.sleep(0.01)\n"
+    )
+    outcome = run(daemon + end + RIGHT, TESTS, QUICK, isolated=False)
+    assert outcome.passed == (not end)
+    assert ("ran longer" if "while" in end else "ended" if end else "") in outcome.reason
+    assert not Path(f"/proc/{told.read_text()}").exists()
+    deep = "import os\nos.mkdir('deep')\nfor i in range(100):\n    open(f'deep/{i}', 'wb').write(b'x' * 10**6)\n"
+    assert "wrote more than 8 MiB" in run(deep + "while True: pass", "", QUICK, isolated=False).reason
+
+
+def test_the_last_words_of_a_process_are_heard(tmp_path: Path) -> None:
+    """Those that it says between two looks, and ends."""
+    read, write = os.pipe()
+
+    class Child:
+        said = False
+
+        def poll(self) -> int:
+            if not self.said:
+                os.write(write, b"RLTP")
+                self.said = True
+            return 0
+
+    child: Any = Child()
+    assert sandbox.listen(child, read, write, {}, tmp_path, QUICK) == (b"RLTP", "")
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from niwaki.task.sandboxed import FAILED, LOADED, PASSED, READY, REFUSED, TESTED
 
 MIB = 2**20
 START = 60.0  # seconds until the interpreter runs, at most
+GRACE = 5.0  # seconds to end what was started, at most
 LOOK = 0.02  # seconds between two looks at the folder
 LONGEST = 4096  # bytes of a report
 CHILD = Path(__file__).with_name("sandboxed.py")
@@ -58,8 +59,10 @@ def run(solution: str, tests: str, limits: Limits | None = None, *, isolated: bo
     The process gets the tests once it says that the solution is loaded, and once it says that they ran a random number,
     which it has to say back. Code that ends, loops, or writes what it likes has not passed; but both run in one
     process, so that a solution that is written against these tests or this sandbox, and acts when they run, can pass
-    for right, and nothing here can rule that out. `isolated=False` keeps the limits and the process of its own, and
-    gives up neither files nor network.
+    for right, and nothing here can rule that out. `isolated=False` gives up neither files nor
+    network: seconds and disk (below the folder in which it starts) then hold for all processes that it starts, on Linux
+    also those of other sessions, which end with it; memory, processor and open files for each of them alone. Code that
+    ends the process that keeps track of them escapes that.
 
     Raises:
         NoSandbox: the kernel refuses to isolate the process, or it ended before it was ready to run anything.
@@ -73,7 +76,7 @@ def run(solution: str, tests: str, limits: Limits | None = None, *, isolated: bo
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="niwaki-", ignore_cleanup_errors=True) as folder, pipes() as (report, told):
         os.set_blocking(told[1].fileno(), False)
-        with started(Path(folder), report[1].fileno(), told[0].fileno()) as child:
+        with started(Path(folder), report[1].fileno(), told[0].fileno(), isolated=isolated) as child:
             report[1].close()
             told[0].close()
             assert child.stdin is not None
@@ -122,18 +125,22 @@ def pipes() -> Iterator[tuple[list[FileIO], list[FileIO]]]:
 
 
 @contextmanager
-def started(folder: Path, report: int, token: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(folder: Path, report: int, told: int, *, isolated: bool) -> Iterator[subprocess.Popen[bytes]]:
     """The process, in a session of its own; at last it is killed, with whatever it started."""
     # Not -I, which would not let the seed of hashes be set: the order of a set is the same in each run.
     flags = ["-S", "-s", "-P", "-B", "-X", "utf8"]
     child = subprocess.Popen(
-        [sys.executable, *flags, str(CHILD), str(report), str(token)], cwd=folder, stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(report, token), start_new_session=True,
+        [sys.executable, *flags, str(CHILD), str(report), str(told)], cwd=folder, stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(report, told), start_new_session=True,
         env={"PYTHONHASHSEED": "0", "HOME": str(folder), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         yield child
     finally:
+        if not isolated:  # it may have started others, which it ends before it ends itself
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -18,8 +18,10 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
+import time
 import types
 
 READY, LOADED, TESTED, PASSED, FAILED, REFUSED = b"R", b"L", b"T", b"P", b"F", b"X"
@@ -196,6 +198,57 @@ def isolate(folder: str) -> None:
     give_up_calls(library)
 
 
+def kept_track_of(library: ctypes.CDLL) -> None:
+    """Go on in a process of its own. The one that was here (Linux) becomes the parent of all that loses its own, of any
+    session, and ends them where that process ends or SIGTERM says so."""
+    called(library, "prctl", 36, 1, 0, 0, 0)
+    called(library, "prctl", 1, signal.SIGTERM, 0, 0, 0)  # where its parent ends
+    awaited = {signal.SIGTERM, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    own = os.fork()
+    if own == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    os.closerange(3, 256)  # the pipes are the other's
+    status = None
+    while status is None and signal.sigwait(awaited) != signal.SIGTERM:
+        status = ended_children().get(own)
+    while children := children_of(os.getpid()):
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        ended_children()
+        time.sleep(0.001)
+    code = os.waitstatus_to_exitcode(status) if status is not None else 1
+    if code < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(code)
+
+
+def ended_children() -> dict[int, int]:
+    """The status of each child that has ended, which is then forgotten."""
+    found: dict[int, int] = {}
+    try:
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            found[child[0]] = child[1]
+    except ChildProcessError:
+        pass
+    return found
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process started, or that were left to it."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        if int(fields[1]) == parent:
+            found.append(int(name))
+    return found
+
+
 def execute(text: str, kind: str, names: dict[str, object]) -> None:
     """Run Python: the frame that the program can look up to."""
     run = exec
@@ -222,6 +275,8 @@ def main(report: int, told: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     solution, isolated = job["solution"], job["isolated"]
     try:
+        if not isolated and platform.system() == "Linux":
+            kept_track_of(ctypes.CDLL(None, use_errno=True))
         limit(job["memory"], job["seconds"], job["file"], job["files"])
         if isolated:
             isolate(os.getcwd())
