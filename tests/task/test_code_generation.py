@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from written import batch_of, features, tiny
 
+from niwaki import compose, pipeline
 from niwaki.errors import ConfigError
 from niwaki.task import sandbox
 from niwaki.task.code_generation import CodeGeneration, code_of, pass_at_k, program
@@ -143,3 +146,24 @@ def test_predict_writes_code() -> None:
     model, tokenizer = tiny("llama", task)
     found = list(task.answers(model, tokenizer, (), [{"prompt": HEAD}, {"prompt": "words"}]))
     assert [set(row) for row in found] == [{"prompt", "generated"}] * 2
+
+
+def test_every_problem_of_humaneval_is_one_to_measure_with(tmp_path: Path) -> None:
+    """And none is learned from."""
+    (tmp_path / "set").mkdir()
+    row = {"canonical_solution": ROWS["solution"][0], "test": ROWS["tests"][0], "entry_point": "double", "prompt": HEAD}
+    lines = [json.dumps({"task_id": f"HumanEval/{number}", **row}) for number in range(8)]
+    (tmp_path / "set" / "test.jsonl").write_text("\n".join(lines))
+    settings = [
+        "task=code_generation", "data=hub/humaneval", f"data.path={tmp_path / 'set'}", "task.max_length=96",
+        "task.max_target_length=4", "measure=scores", "logger=none", "callbacks=[]", "trainer.precision=fp32",
+    ]  # fmt: skip
+    recipe = compose.build(compose.compose(settings).config)
+    assert not recipe.fits
+    assert [len(split) for split in recipe.data.splits(recipe.task.needs, 0).values()] == [8, 8, 8]
+    (tmp_path / "run").mkdir()
+    found = pipeline.run(recipe, tmp_path / "run", {})
+    assert found["steps"] == 0
+    assert sum(found["outcomes"].values()) == 8
+    with pytest.raises(ConfigError, match=r"data.train=test and data.validation=test: .*set data.shots=0"):
+        compose.build(compose.compose([*settings, "data.shots=null"]).config)
