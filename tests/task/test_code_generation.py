@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from written import batch_of, features, tiny
 
-from niwaki import compose, pipeline
+from niwaki import compose, inference, pipeline
 from niwaki.errors import ConfigError
 from niwaki.task import sandbox
 from niwaki.task.code_generation import CodeGeneration, code_of, pass_at_k, program
@@ -51,6 +52,8 @@ def test_a_description_stands_as_a_docstring_with_its_first_test() -> None:
     task = CodeGeneration()
     assert task._sources(ROWS) == [HEAD, '"""\nWrite a function that doubles.\nassert double(3) == 6\n"""\n']
     assert task._sources({"prompt": ROWS["prompt"]})[1] == '"""\nWrite a function that doubles.\n"""\n'
+    set_up = {"prompt": ["words"], "tests": ["import math\nassert f(1)\nassert f(2)\nassert f(3)"]}
+    assert CodeGeneration(shown_tests=2)._sources(set_up) == ['"""\nwords\nassert f(1)\nassert f(2)\n"""\n']
 
 
 def test_answers_end_where_the_benchmarks_end_them() -> None:
@@ -146,6 +149,29 @@ def test_predict_writes_code() -> None:
     model, tokenizer = tiny("llama", task)
     found = list(task.answers(model, tokenizer, (), [{"prompt": HEAD}, {"prompt": "words"}]))
     assert [set(row) for row in found] == [{"prompt", "generated"}] * 2
+
+
+def test_predict_shows_the_tests_that_a_row_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training; rows with and without them, and with names, in one batch."""
+    task = CodeGeneration(max_length=60, max_target_length=8)
+    model, tokenizer = tiny("llama", task)
+    shown: list[str] = []
+    plain = CodeGeneration._sources
+    monkeypatch.setattr(
+        CodeGeneration, "_sources", lambda self, rows: shown.extend(plain(self, rows)) or plain(self, rows)
+    )
+    asking = task.needs.asking
+    assert (asking.required, asking.optional) == (("prompt",), ("id", "tests"))
+    rows = [
+        asking.from_text(text) for text in ('{"prompt": "words", "tests": "assert f(1)\\nassert f(2)"}', "words", HEAD)
+    ] + [asking.from_text('{"prompt": "more", "id": 4}')]  # fmt: skip
+    found = list(task.answers(model, tokenizer, (), rows))
+    assert shown == ['"""\nwords\nassert f(1)\n"""\n', '"""\nwords\n"""\n', HEAD, '"""\nmore\n"""\n']
+    assert [{name: row[name] for name in row if name != "generated"} for row in found] == rows
+    saved: Any = SimpleNamespace(columns=task.needs.required, task=task)
+    assert [inference.like_trained(row, saved) for row in rows] == rows  # none is asked for its tests
+    with pytest.raises(ConfigError, match="'tests' is no column that may be named there; needs a text without braces"):
+        CodeGeneration(prefix="{tests}")
 
 
 def test_every_problem_of_humaneval_is_one_to_measure_with(tmp_path: Path) -> None:

@@ -33,13 +33,15 @@ class CodeGeneration(TextToText):
     """pass@k: the chance that one of k programs passes its tests, estimated from `samples` of each problem.
 
     A prompt with the head of a function (HumanEval) is gone on with; any other (MBPP) is shown as a docstring with the
-    first `shown_tests` lines of its tests, and the answer is the whole program. An answer ends before the first of
+    first `shown_tests` assertions of its tests, and the answer is the whole program. An answer ends before the first of
     `stop`; null is what the two benchmarks use. Each runs for `timeout` seconds at most, in a sandbox; `unsafe` runs it
     with your rights where there is none. A program and its tests share a process, so one that is written to deceive the
     tests while they run passes, which no sandbox can rule out. Prompts that are too long lose their beginning.
     """
 
-    needs: ClassVar[Needs] = Needs(required=("prompt", "solution", "tests", "entry_point"), optional=("id",))
+    needs: ClassVar[Needs] = Needs(
+        required=("prompt", "solution", "tests", "entry_point"), optional=("id",), hints=("tests",)
+    )
     answer: ClassVar[str] = "solution"
     keeps_end: ClassVar[bool] = True
     metric: ClassVar[str] = "pass@1"
@@ -81,13 +83,14 @@ class CodeGeneration(TextToText):
         return sandbox.Limits(seconds=float(self.timeout), memory=self.memory)
 
     def _sources(self, rows: Rows) -> list[str]:
-        tests = rows.get("tests") or [""] * len(rows["prompt"])
+        tests = rows.get("tests", [""] * len(rows["prompt"]))
         return [self.prefix + self._shown(*pair) for pair in zip(rows["prompt"], tests, strict=True)]
 
     def _shown(self, prompt: str, tests: str) -> str:
         if FUNCTION.search(prompt):
             return prompt
-        lines = [prompt.strip(), *[line for line in tests.splitlines() if line.strip()][: self.shown_tests]]
+        asserted = [line for line in tests.splitlines() if line.startswith("assert")]
+        lines = [prompt.strip(), *asserted[: self.shown_tests]]
         return '"""\n' + "\n".join(lines) + '\n"""\n'
 
     def _right(self, rows: Rows) -> list[list[str]]:
@@ -114,8 +117,12 @@ class CodeGeneration(TextToText):
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        for batch, part in self._asked(model, tokenizer, rows):
-            for row, text in zip(part, code_of(batch, self.answered(model, batch), tokenizer), strict=True):
+        # Some rows may show tests where others do not.
+        asked = [{"prompt": row["prompt"], "tests": row.get("tests", "")} for row in rows]
+        answered = iter(rows)
+        for batch, _ in self._asked(model, tokenizer, asked):
+            for text in code_of(batch, self.answered(model, batch), tokenizer):
+                row = next(answered)
                 yield {**row, "generated": self.ended(row["prompt"], text)}
 
 
