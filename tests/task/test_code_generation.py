@@ -110,6 +110,34 @@ def test_long_prompts_keep_their_end() -> None:
     assert len(tokens) == 10
 
 
+def test_a_prompt_that_was_cut_fails_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is answered: the model did not see all of it. At the very length nothing is cut."""
+    long = {**ROWS, "prompt": [HEAD, "Write a function that doubles whatever number it is given."]}
+    _, tokenizer = tiny("llama", CodeGeneration(max_length=200, max_target_length=40))
+    lengths = [len(row["input_ids"]) for row in features(CodeGeneration(max_length=200), tokenizer, long)]
+    assert lengths[0] < lengths[1]
+    for room, cut in ((lengths[1], 0), (lengths[1] - 1, 1), (lengths[0], 1), (lengths[0] - 1, 2)):
+        task = CodeGeneration(max_length=room, max_target_length=40)
+        model, tokenizer = tiny("llama", task)
+        scores: Any = task.scores((), tokenizer)
+        monkeypatch.setattr(scores, "read", lambda batch, written: ROWS["solution"])
+        task.score(scores, model, batch_of(task, tokenizer, long))
+        assert scores.compute()["pass@1"] == (2 - cut) / 2
+        told = {"passed": 2 - cut, "the prompt is longer than task.max_length": cut}
+        assert scores.report()["outcomes"] == {kind: count for kind, count in told.items() if count}
+
+
+def test_the_lengths_hold_the_benchmarks_and_the_model_that_is_there_reads_them() -> None:
+    from niwaki.model.anatomy import Anatomy
+
+    recipe = compose.build(compose.compose(["task=code_generation"]).config)
+    assert (recipe.task.max_length, recipe.task.max_target_length) == (1024, 512)
+    recipe.task.check(Anatomy.of(recipe.model.empty(recipe.task, ())))
+    small = compose.build(compose.compose(["task=code_generation", "model=tiny-gpt2"]).config)
+    with pytest.raises(ConfigError, match=r"task.max_length=1024.*: the model reads at most 512 tokens"):
+        small.task.check(Anatomy.of(small.model.empty(small.task, ())))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
