@@ -32,10 +32,14 @@ KINDS = ("causal_lm", "classification", "masked_lm", "ner", "translation")  # a 
 YES = "yes"
 
 
+# Lengths that each tiny family reads, where those of a task are for models of use.
+SHORT = {"code_generation": ["task.max_length=320", "task.max_target_length=160"]}
+
+
 def needed(name: str) -> list[str]:
     """What an option cannot do without."""
     kind, _, method = name.rpartition("/")
-    return [f"compression.{method}.teacher=teacher"] if kind == "distill" else []
+    return [f"compression.{method}.teacher=teacher"] if kind == "distill" else SHORT.get(name, [])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def like_trained(row: Row, saved: artifact.Artifact) -> Row:
         return row
     needs = saved.task.needs
     for column in needs.asking.optional:
-        if column in saved.columns and column not in row and column not in NAMES:
+        if column in saved.columns and column not in row and column not in (*NAMES, *needs.hints):
             first, value = next(iter(row.items()))
             raise DataError(
                 f"{first} {str(value)[:40]!r}: has no {column}, which the artifact was trained on; give "

@@ -57,6 +57,26 @@ def test_a_test_split_without_labels_can_be_carved_instead(tmp_path: Path) -> No
     assert Hub(path=path, test="carve").splits(CLASSIFY, 0)["test"].num_rows == 4
 
 
+@pytest.mark.parametrize(
+    ("named", "split"),
+    [
+        ({"train": "test"}, "test"),
+        ({"train": "test", "validation": "carve", "test": "test"}, "test"),
+        ({"train": "validation"}, "validation"),
+        ({"validation": "train"}, "validation"),
+    ],
+)
+def test_nobody_learns_from_the_rows_of_another_split(named: dict[str, str], split: str, tmp_path: Path) -> None:
+    path = folder(tmp_path / "set", train=rows(4), validation=rows(5), test=rows(6))
+    with pytest.raises(
+        ConfigError, match=rf"data.train=.* and data.{split}=.*: a model would be measured with rows that"
+    ):
+        Hub(path=path, **named)
+    everything = {"train": "test", "validation": "test", "test": "test"}
+    found = Hub(path=path, **everything, shots=0).splits(CLASSIFY, 0)
+    assert [one.num_rows for one in found.values()] == [6, 6, 6]
+
+
 def test_a_split_under_another_name(tmp_path: Path) -> None:
     path = folder(tmp_path / "set", train=rows(8), validation=rows(4))
     splits = Hub(path=path, test="validation").splits(CLASSIFY, 0)

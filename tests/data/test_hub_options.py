@@ -238,6 +238,7 @@ def written(folder: Path, features: dict, row: dict, splits: tuple[str, ...]) ->
 
 def option(name: str, path: str) -> Source:
     chosen = [f"data=hub/{name}", f"data.path='{path}'", "data.name=null", "data.revision=null"]
+    chosen += ["task=code_generation"] if SETS[name][0] is CODE else []  # one of them is not learned from
     source = compose.build(compose.compose(chosen).config).data
     assert isinstance(source, Hub)
     return source

@@ -1,7 +1,7 @@
 """What every source owes a task: checked rows, three splits, samples that are pure functions of the seed."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -292,6 +292,8 @@ def test_the_columns_that_a_model_is_given() -> None:
     assert Needs(required=("history", "candidate", "label")).asked == ("history", "candidate")
     code = Needs(required=("prompt", "solution", "tests", "entry_point"), optional=("id",))
     assert code.asking.required == ("prompt",)
+    assert code.asking.optional == ("id",)
+    assert replace(code, hints=("tests",)).asking.optional == ("id", "tests")
     assert Needs(required=("source", "target"), optional=("references",)).asked == ("source",)
 
 

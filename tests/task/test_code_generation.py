@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from written import batch_of, features, tiny
 
+from niwaki import compose, inference, pipeline
 from niwaki.errors import ConfigError
 from niwaki.task import sandbox
 from niwaki.task.code_generation import CodeGeneration, code_of, pass_at_k, program
@@ -48,6 +52,8 @@ def test_a_description_stands_as_a_docstring_with_its_first_test() -> None:
     task = CodeGeneration()
     assert task._sources(ROWS) == [HEAD, '"""\nWrite a function that doubles.\nassert double(3) == 6\n"""\n']
     assert task._sources({"prompt": ROWS["prompt"]})[1] == '"""\nWrite a function that doubles.\n"""\n'
+    set_up = {"prompt": ["words"], "tests": ["import math\nassert f(1)\nassert f(2)\nassert f(3)"]}
+    assert CodeGeneration(shown_tests=2)._sources(set_up) == ['"""\nwords\nassert f(1)\nassert f(2)\n"""\n']
 
 
 def test_answers_end_where_the_benchmarks_end_them() -> None:
@@ -104,6 +110,34 @@ def test_long_prompts_keep_their_end() -> None:
     assert len(tokens) == 10
 
 
+def test_a_prompt_that_was_cut_fails_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is answered: the model did not see all of it. At the very length nothing is cut."""
+    long = {**ROWS, "prompt": [HEAD, "Write a function that doubles whatever number it is given."]}
+    _, tokenizer = tiny("llama", CodeGeneration(max_length=200, max_target_length=40))
+    lengths = [len(row["input_ids"]) for row in features(CodeGeneration(max_length=200), tokenizer, long)]
+    assert lengths[0] < lengths[1]
+    for room, cut in ((lengths[1], 0), (lengths[1] - 1, 1), (lengths[0], 1), (lengths[0] - 1, 2)):
+        task = CodeGeneration(max_length=room, max_target_length=40)
+        model, tokenizer = tiny("llama", task)
+        scores: Any = task.scores((), tokenizer)
+        monkeypatch.setattr(scores, "read", lambda batch, written: ROWS["solution"])
+        task.score(scores, model, batch_of(task, tokenizer, long))
+        assert scores.compute()["pass@1"] == (2 - cut) / 2
+        told = {"passed": 2 - cut, "the prompt is longer than task.max_length": cut}
+        assert scores.report()["outcomes"] == {kind: count for kind, count in told.items() if count}
+
+
+def test_the_lengths_hold_the_benchmarks_and_the_model_that_is_there_reads_them() -> None:
+    from niwaki.model.anatomy import Anatomy
+
+    recipe = compose.build(compose.compose(["task=code_generation"]).config)
+    assert (recipe.task.max_length, recipe.task.max_target_length) == (1024, 512)
+    recipe.task.check(Anatomy.of(recipe.model.empty(recipe.task, ())))
+    small = compose.build(compose.compose(["task=code_generation", "model=tiny-gpt2"]).config)
+    with pytest.raises(ConfigError, match=r"task.max_length=1024.*: the model reads at most 512 tokens"):
+        small.task.check(Anatomy.of(small.model.empty(small.task, ())))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -123,14 +157,19 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_where_there_is_no_sandbox_the_task_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from niwaki.model.anatomy import Anatomy
 
-    def none() -> None:
-        raise sandbox.NoSandbox("task.unsafe=false: no")
+    asked = []
+
+    def none(limits: sandbox.Limits, *, isolated: bool) -> None:
+        asked.append(limits)
+        if isolated:
+            raise sandbox.NoSandbox("task.unsafe=false: no")
 
     monkeypatch.setattr(sandbox, "check", none)
     model, _ = tiny("llama", CodeGeneration())
     with pytest.raises(ConfigError, match=r"task.unsafe=false"):
         CodeGeneration().check(Anatomy.of(model))
-    CodeGeneration(unsafe=True).check(Anatomy.of(model))
+    CodeGeneration(unsafe=True, timeout=7.0, memory=100).check(Anatomy.of(model))
+    assert asked == [sandbox.Limits(), sandbox.Limits(seconds=7.0, memory=100)]
 
 
 def test_predict_writes_code() -> None:
@@ -138,3 +177,47 @@ def test_predict_writes_code() -> None:
     model, tokenizer = tiny("llama", task)
     found = list(task.answers(model, tokenizer, (), [{"prompt": HEAD}, {"prompt": "words"}]))
     assert [set(row) for row in found] == [{"prompt", "generated"}] * 2
+
+
+def test_predict_shows_the_tests_that_a_row_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training; rows with and without them, and with names, in one batch."""
+    task = CodeGeneration(max_length=60, max_target_length=8)
+    model, tokenizer = tiny("llama", task)
+    shown: list[str] = []
+    plain = CodeGeneration._sources
+    monkeypatch.setattr(
+        CodeGeneration, "_sources", lambda self, rows: shown.extend(plain(self, rows)) or plain(self, rows)
+    )
+    asking = task.needs.asking
+    assert (asking.required, asking.optional) == (("prompt",), ("id", "tests"))
+    rows = [
+        asking.from_text(text) for text in ('{"prompt": "words", "tests": "assert f(1)\\nassert f(2)"}', "words", HEAD)
+    ] + [asking.from_text('{"prompt": "more", "id": 4}')]  # fmt: skip
+    found = list(task.answers(model, tokenizer, (), rows))
+    assert shown == ['"""\nwords\nassert f(1)\n"""\n', '"""\nwords\n"""\n', HEAD, '"""\nmore\n"""\n']
+    assert [{name: row[name] for name in row if name != "generated"} for row in found] == rows
+    saved: Any = SimpleNamespace(columns=task.needs.required, task=task)
+    assert [inference.like_trained(row, saved) for row in rows] == rows  # none is asked for its tests
+    with pytest.raises(ConfigError, match="'tests' is no column that may be named there; needs a text without braces"):
+        CodeGeneration(prefix="{tests}")
+
+
+def test_every_problem_of_humaneval_is_one_to_measure_with(tmp_path: Path) -> None:
+    """And none is learned from."""
+    (tmp_path / "set").mkdir()
+    row = {"canonical_solution": ROWS["solution"][0], "test": ROWS["tests"][0], "entry_point": "double", "prompt": HEAD}
+    lines = [json.dumps({"task_id": f"HumanEval/{number}", **row}) for number in range(8)]
+    (tmp_path / "set" / "test.jsonl").write_text("\n".join(lines))
+    settings = [
+        "task=code_generation", "data=hub/humaneval", f"data.path={tmp_path / 'set'}", "task.max_length=96",
+        "task.max_target_length=4", "measure=scores", "logger=none", "callbacks=[]", "trainer.precision=fp32",
+    ]  # fmt: skip
+    recipe = compose.build(compose.compose(settings).config)
+    assert not recipe.fits
+    assert [len(split) for split in recipe.data.splits(recipe.task.needs, 0).values()] == [8, 8, 8]
+    (tmp_path / "run").mkdir()
+    found = pipeline.run(recipe, tmp_path / "run", {})
+    assert found["steps"] == 0
+    assert sum(found["outcomes"].values()) == 8
+    with pytest.raises(ConfigError, match=r"data.train=test and data.validation=test: .*set data.shots=0"):
+        compose.build(compose.compose([*settings, "data.shots=null"]).config)

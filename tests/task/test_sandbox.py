@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from niwaki.errors import ConfigError
-from niwaki.task import sandbox
-from niwaki.task.sandbox import Limits, Outcome, run
+from niwaki.task import sandbox, sandboxed
+from niwaki.task.sandbox import Limits, NoSandbox, Outcome, run
 
 QUICK = Limits(seconds=2.0)
 RIGHT = "def double(x):\n    return 2 * x\n"
@@ -96,6 +98,45 @@ def test_a_forged_report_is_none() -> None:
     assert not run(forged + RIGHT, TESTS, QUICK).passed
 
 
+def test_tests_and_number_wait_elsewhere_while_the_solution_is_loaded() -> None:
+    forged = (
+        "import os, sys\nframe = sys._getframe(1)\nwhile frame:\n    f = frame.f_locals\n"
+        "    if 'report' in f:\n        os.set_blocking(f['told'], False)\n        word = os.read(f['told'], 64)\n"
+        "        os.write(f['report'], b'LTP' + word)\n        os._exit(0)\n    frame = frame.f_back\n"
+    )
+    assert run(forged, "assert False", QUICK).reason.startswith("BlockingIOError")
+    searched = (
+        "import gc, sys\nfound = [one for one in gc.get_objects() if isinstance(one, dict) for text in one.values()\n"
+        "    if isinstance(text, str) and 'a' 'mid the tests' in text]\n"
+        "frame = sys._getframe(1)\nassert not {'job', 'tests', 'report', 'told'} & set(frame.f_locals)\n"
+    )
+    assert run(searched, "'amid the tests'\nassert not found", QUICK) == Outcome(True)
+
+
+def test_an_answer_that_comes_before_its_question_is_none() -> None:
+    """Nor one that was never asked for."""
+    for word in ("L", "T", "LT", "LTP", "P", "LTP" + "0" * 32, "R"):
+        said = f"import os\nfor fd in range(3, 32):\n    try: os.write(fd, b{word!r})\n    except OSError: pass\n"
+        assert not run(said + "os._exit(0)", "assert False", QUICK).passed
+        assert not run(said, "assert False", QUICK).passed
+
+
+def test_tests_have_the_names_of_python_as_they_were() -> None:
+    changed = "import builtins\nbuiltins.abs = builtins.len = lambda x: -1\nbuiltins.more = 1\n"
+    assert run(changed, "assert abs(-3) < 1") == Outcome(False, "AssertionError")
+    assert run(changed, "assert len('ab') == 2\nmore").reason.startswith("NameError")
+    own = "__builtins__ = {'abs': lambda x: -1, 'AssertionError': ValueError}\n"
+    assert run(own, "assert abs(-3) < 1") == Outcome(False, "AssertionError")
+
+
+def test_tests_of_any_size_are_handed_over() -> None:
+    long = "# " + "x" * 10**6 + "\n"
+    assert run(RIGHT, long + TESTS, QUICK) == Outcome(True)
+    assert run(RIGHT, long + "assert False", QUICK) == Outcome(False, "AssertionError")
+    assert not run("import os\nos.closerange(3, 32)", long + TESTS, QUICK).passed
+    assert run(RIGHT, "'\ud800'", QUICK).reason.startswith("UnicodeDecodeError")
+
+
 def test_loops_are_stopped() -> None:
     begin = time.monotonic()
     fails("while True:\n    pass", "ran longer than 1 s", Limits(seconds=1.0))
@@ -157,10 +198,74 @@ def test_files_of_others_are_neither_read_nor_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [victim]
 
 
+def test_what_others_added_to_python_is_not_read(tmp_path: Path) -> None:
+    for name in ("python3.11/site-packages/a", "python3/dist-packages/b", "python3.11/json", "gcc"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "python3.11" / "os.py").touch()
+    (tmp_path / "python3.11" / "link.py").symlink_to("/etc/passwd")
+    read = sandboxed.READ_DIR | sandboxed.READ_FILE
+    found = sandboxed.without_installed(str(tmp_path))
+    assert {str(Path(path).relative_to(tmp_path)): right for path, right in found.items()} == {
+        ".": sandboxed.READ_DIR, "python3": sandboxed.READ_DIR, "python3.11": sandboxed.READ_DIR, "gcc": read,
+        "python3.11/json": read, "python3.11/os.py": read,
+    }  # fmt: skip
+    installed = "import os, sys\nplace = os.path.join(os.path.dirname(os.__file__), 'site-packages')\n"
+    opened = "for name in os.listdir(place):\n    open(os.path.join(place, name)) if '.' in name else None\n"
+    if list(Path(os.__file__).parent.glob("site-packages/*.*")):
+        fails(installed + opened, "PermissionError")
+
+
+def test_files_of_others_are_not_watched() -> None:
+    for call in ("inotify_init()", "inotify_init1(0)", "inotify_add_watch(3, b'/', 0xfff)"):
+        watched = f"import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\nassert library.{call} >= 0, "
+        fails(watched + "ctypes.get_errno()", "AssertionError: 1")
+
+
 def test_the_disk_is_not_filled() -> None:
     fails("with open('big', 'w') as file:\n    while True:\n        file.write('x' * 10**6)", "File too large")
     fails("for i in range(10**9):\n    open(str(i), 'w').write('x' * 10**5)", "wrote more than 8 MiB")
     fails("x = [open(str(i), 'w') for i in range(1000)]", "Too many open files")
+
+
+def test_no_room_is_set_aside_behind_the_end_of_a_file(tmp_path: Path) -> None:
+    """FALLOC_FL_KEEP_SIZE takes blocks that no size tells."""
+    kept = (
+        "import ctypes, os\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
+        "library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]\n"
+        "file = os.open('own', os.O_RDWR | os.O_CREAT)\n"
+        "assert library.fallocate(file, 1, 0, 2**26) == 0, ctypes.get_errno()\nimport time\ntime.sleep(0.3)\n"
+    )
+    assert run(kept, "", QUICK) == Outcome(False, "AssertionError: 1")
+    assert "wrote more than 8 MiB" in run(kept, "", QUICK, isolated=False).reason
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "own").write_bytes(b"x" * 10**5)
+    (tmp_path / "small").write_text("x")
+    assert 10**5 + 2 * 4096 <= sandbox.size_of(tmp_path) <= 2 * 10**5
+
+
+def test_what_is_written_stays_in_sight() -> None:
+    """A file that is removed, replaced or nameless takes room as long as it is mapped."""
+    for attack in (
+        "import os\nopen('own', 'w')\nos.unlink('own')",
+        "import os\nopen('a', 'w'), open('b', 'w')\nos.rename('a', 'b')",
+        "import os\nos.open('.', os.O_TMPFILE | os.O_RDWR)",
+        "import ctypes, os\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
+        "if os.uname().machine == 'x86_64' and library.syscall(2, b'.', os.O_TMPFILE | os.O_RDWR, 0o600) < 0:\n"
+        "    raise PermissionError",
+    ):  # fmt: skip
+        fails(attack, "PermissionError")
+    wide = (
+        "import ctypes, os\nlibrary = ctypes.CDLL(None, use_errno=True)\nhow = (ctypes.c_uint64 * 3)(2, 0, 0)\n"
+        "if library.syscall(437, -100, b'/dev/null', how, 24) < 0:\n    raise OSError(ctypes.get_errno(), 'openat2')"
+    )
+    fails(wide, "OSError: [Errno 38] openat2")
+    hidden = (
+        "import mmap, os\nheld = []\nfor number in range(1000):\n    name = f'file{number}'\n"
+        "    file = os.open(name, os.O_RDWR | os.O_CREAT)\n    os.write(file, b'x' * 10**6)\n"
+        "    held.append(mmap.mmap(file, 4096))\n    os.close(file)\n"
+        "    try:\n        os.unlink(name)\n    except OSError:\n        pass\n"
+    )
+    assert "wrote more than 8 MiB" in run(hidden + "import time\ntime.sleep(1)", TESTS, QUICK).reason
 
 
 def test_output_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,3 +315,70 @@ def test_without_isolation_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(ConfigError, match=r"task.unsafe=false: this machine cannot isolate a process"):
         run(RIGHT, TESTS)
     assert run(RIGHT, TESTS, isolated=False) == Outcome(True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is the parent of those that lose theirs")
+@pytest.mark.parametrize("end", ["", "while True:\n    pass\n", "os._exit(0)\n", "os.kill(os.getpid(), 9)\n"])
+def test_without_isolation_what_was_started_ends_too(end: str, tmp_path: Path) -> None:
+    """In a session of its own, and without its parent."""
+    told = tmp_path / "told"
+    daemon = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.setsid()\n"
+        f"        open({str(told)!r} + '-', 'w').write(str(os.getpid()))\n"
+        f"        os.rename({str(told)!r} + '-', {str(told)!r})\n"
+        "        while True:\n            time.sleep(1)\n    os._exit(0)\nos.wait()\n"
+        f"while not os.path.exists({str(told)!r}):\n    time.sleep(0.01)\n"
+    )
+    outcome = run(daemon + end + RIGHT, TESTS, QUICK, isolated=False)
+    assert outcome.passed == (not end)
+    assert ("ran longer" if "while" in end else "ended" if end else "") in outcome.reason
+    assert not Path(f"/proc/{told.read_text()}").exists()
+    deep = "import os\nos.mkdir('deep')\nfor i in range(100):\n    open(f'deep/{i}', 'wb').write(b'x' * 10**6)\n"
+    assert "wrote more than 8 MiB" in run(deep + "while True: pass", "", QUICK, isolated=False).reason
+
+
+def test_the_last_words_of_a_process_are_heard(tmp_path: Path) -> None:
+    """Those that it says between two looks, and ends."""
+    read, write = os.pipe()
+
+    class Child:
+        said = False
+
+        def poll(self) -> int:
+            if not self.said:
+                os.write(write, b"RLTP")
+                self.said = True
+            return 0
+
+    child: Any = Child()
+    assert sandbox.listen(child, read, write, {}, tmp_path, QUICK) == (b"RLTP", "")
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("harness", "why"),
+    [
+        ("import sys\nsys.exit(3)", "ended with 3"),
+        ("import os\nos.abort()", "ended by SIGABRT"),
+        ("import os, sys\nos.write(int(sys.argv[1]), b'X' + b'OSError: no')", "OSError: no"),
+    ],
+)
+def test_a_process_that_ends_before_the_program_is_no_failure_of_the_program(
+    harness: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "sandboxed.py"
+    broken.write_text(harness)
+    monkeypatch.setattr(sandbox, "CHILD", broken)
+    for isolated in (True, False):
+        with pytest.raises(NoSandbox, match=f"task.unsafe={not isolated}".lower() + rf".*\({why}\)"):
+            run(RIGHT, TESTS, isolated=isolated)
+
+
+def test_the_trial_has_to_pass_within_the_limits_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.check(Limits(seconds=20.0))
+    short = Limits(seconds=1e-6)
+    with pytest.raises(NoSandbox, match=r"task.timeout=1e-06 s \(a program that does nothing ran longer than"):
+        sandbox.check(short)
+    with pytest.raises(NoSandbox, match=r"task\.memory=8 MiB"):
+        sandbox.check(Limits(memory=8), isolated=False)

@@ -19,7 +19,8 @@ class Hub(Source):
     """A data set by its hub name or local folder (`path`), its configuration (`name`) and `revision`.
 
     `train`, `validation` and `test` are split names there. Null means the split of that very name, carved
-    from train where there is none; "carve" carves it even so (for published test sets without labels).
+    from train where there is none; "carve" carves it even so (for published test sets without labels). A split
+    that stands for `train` and for another one too is there to measure with: `shots` has to be 0.
     """
 
     path: str
@@ -39,6 +40,12 @@ class Hub(Source):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"data.{field}={value!r}: must be a name or null")
+        for split in ("validation", "test"):
+            if self.train == (getattr(self, split) or split) and self.shots != 0:
+                raise ConfigError(
+                    f"data.train={self.train} and data.{split}={getattr(self, split)}: a model would be measured with "
+                    "rows that it learned from; name another split to train on, or set data.shots=0 to learn nothing"
+                )
 
     def read(self, needs: Needs) -> "dict[str, Dataset]":
         found = self._load()

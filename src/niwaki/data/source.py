@@ -33,13 +33,15 @@ class Needs:
     """The columns that a task reads: `required` must be there, `optional` are taken where they are.
 
     `checks`: the task's own check of a column, in place of `niwaki.data.columns.CHECKS`. `asks`: what a model is given
-    where it answers rows that are no training rows, null for the columns that are no answer.
+    where it answers rows that are no training rows, null for the columns that are no answer; `hints`: what it is given
+    beside them where they are there, although it is kept back for the most part.
     """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     checks: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     asks: tuple[str, ...] | None = None
+    hints: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ class Needs:
         """What a row must have to be answered."""
         return Needs(
             required=tuple(column for column in self.asked if column not in self.optional),
-            optional=tuple(column for column in self.asked if column in self.optional),
+            optional=(*(column for column in self.asked if column in self.optional), *self.hints),
             checks={**self.checks, **ASKING},
         )
 

@@ -19,11 +19,12 @@ CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 SENTINELS = {"t5": [f"<extra_id_{number}>" for number in range(32)]}  # what stands for a span that was left out
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 POSITIONS = {"max_position_embeddings": 512}
+FAR = {"max_position_embeddings": 2048}  # where positions have no weights
 TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": POSITIONS,
     "llama": {
-        **POSITIONS, **TOKENS, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
+        **FAR, **TOKENS, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
         "tie_word_embeddings": True,
     },
     "roberta": {**POSITIONS, **TOKENS},
@@ -35,8 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
     },
     "modernbert": {**POSITIONS, **TOKENS, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 8},
-    "qwen2": {**POSITIONS, **TOKENS, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "qwen3": {**POSITIONS, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen2": {**FAR, **TOKENS, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {**FAR, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
     "albert": {**POSITIONS, **TOKENS, "embedding_size": 16},
     "gpt2": {"n_positions": 512, "n_inner": 64, **TOKENS},
     "bart": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,13 +16,15 @@ from niwaki.errors import ConfigError
 from niwaki.task import sandbox
 from niwaki.task.layout import layout_of
 from niwaki.task.task import IGNORED, Batch, Rows, Scores
-from niwaki.task.text_to_text import TextScores, TextToText, references_of
+from niwaki.task.text_to_text import BETWEEN, TextScores, TextToText, references_of
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
 
 FUNCTION = re.compile(r"^(async )?def \w+", re.MULTILINE)
 CALL = re.compile(r"^check\(", re.MULTILINE)
+CUT = "the prompt is longer than task.max_length"  # why a problem has failed
+ENDLESS = 2**30
 # What ends a body, as HumanEval has it; what ends a program, which may hold several functions.
 OF_BODIES = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 OF_PROGRAMS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```", "\n<|")
@@ -33,20 +35,24 @@ class CodeGeneration(TextToText):
     """pass@k: the chance that one of k programs passes its tests, estimated from `samples` of each problem.
 
     A prompt with the head of a function (HumanEval) is gone on with; any other (MBPP) is shown as a docstring with the
-    first `shown_tests` lines of its tests, and the answer is the whole program. An answer ends before the first of
+    first `shown_tests` assertions of its tests, and the answer is the whole program. An answer ends before the first of
     `stop`; null is what the two benchmarks use. Each runs for `timeout` seconds at most, in a sandbox; `unsafe` runs it
-    with your rights where there is none. Prompts that are too long lose their beginning.
+    with your rights where there is none. A program and its tests share a process, so one that is written to deceive the
+    tests while they run passes, which no sandbox can rule out. Prompts that are too long lose their beginning, and fail
+    where they are scored.
     """
 
-    needs: ClassVar[Needs] = Needs(required=("prompt", "solution", "tests", "entry_point"), optional=("id",))
+    needs: ClassVar[Needs] = Needs(
+        required=("prompt", "solution", "tests", "entry_point"), optional=("id",), hints=("tests",)
+    )
     answer: ClassVar[str] = "solution"
     keeps_end: ClassVar[bool] = True
     metric: ClassVar[str] = "pass@1"
     paper: ClassVar[str] = "Chen et al. 2021, arXiv:2107.03374; Austin et al. 2021, arXiv:2108.07732"
     unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "samples", "k", "stop", "timeout", "memory", "unsafe")
 
-    max_length: int = 320
-    max_target_length: int = 160
+    max_length: int = 1024
+    max_target_length: int = 512
     separator: str | None = ""
     samples: int = 1
     k: Sequence[int] = (1,)
@@ -72,18 +78,31 @@ class CodeGeneration(TextToText):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        if not self.unsafe:
-            sandbox.check()
+        sandbox.check(self.limits, isolated=not self.unsafe)
+
+    @property
+    def limits(self) -> sandbox.Limits:
+        """Of each program."""
+        return sandbox.Limits(seconds=float(self.timeout), memory=self.memory)
 
     def _sources(self, rows: Rows) -> list[str]:
-        tests = rows.get("tests") or [""] * len(rows["prompt"])
+        tests = rows.get("tests", [""] * len(rows["prompt"]))
         return [self.prefix + self._shown(*pair) for pair in zip(rows["prompt"], tests, strict=True)]
 
     def _shown(self, prompt: str, tests: str) -> str:
         if FUNCTION.search(prompt):
             return prompt
-        lines = [prompt.strip(), *[line for line in tests.splitlines() if line.strip()][: self.shown_tests]]
+        asserted = [line for line in tests.splitlines() if line.startswith("assert")]
+        lines = [prompt.strip(), *asserted[: self.shown_tests]]
         return '"""\n' + "\n".join(lines) + '\n"""\n'
+
+    def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
+        found = super().encode(rows, tokenizer, labels)
+        whole = replace(self, max_length=ENDLESS)._read(rows, tokenizer)
+        for number, (ids, uncut) in enumerate(zip(found["input_ids"], whole, strict=True)):
+            if len(ids) < len(uncut):
+                found["reference"][number] += [BETWEEN, *CUT.encode()]
+        return found
 
     def _right(self, rows: Rows) -> list[list[str]]:
         """Prompt, tests and the name of the function, for those who run the answer."""
@@ -93,10 +112,11 @@ class CodeGeneration(TextToText):
         scores.update(model(**self.inputs(batch)), batch)
         assert isinstance(scores, PassScores)
         drawn = [scores.read(batch, self.answered(model, batch, number)) for number in range(self.samples)]
-        for (prompt, tests, name), texts in zip(
+        for (prompt, tests, name, *cut), texts in zip(
             references_of(batch["reference"]), zip(*drawn, strict=True), strict=True
         ):
-            scores.take(prompt, tests, name, [self.ended(prompt, text) for text in texts])
+            answers = [self.ended(prompt, text) for text in texts]
+            scores.take(prompt, tests, name, answers, failed=cut[0] if cut else "")
 
     def ended(self, prompt: str, text: str) -> str:
         """An answer without what follows the function, or the program."""
@@ -104,14 +124,17 @@ class CodeGeneration(TextToText):
         return text[: min((place for one in own if (place := text.find(one)) >= 0), default=len(text))]
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> PassScores:
-        limits = sandbox.Limits(seconds=float(self.timeout), memory=self.memory)
-        return PassScores(tokenizer, tuple(self.k), limits, isolated=not self.unsafe)
+        return PassScores(tokenizer, tuple(self.k), self.limits, isolated=not self.unsafe)
 
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        for batch, part in self._asked(model, tokenizer, rows):
-            for row, text in zip(part, code_of(batch, self.answered(model, batch), tokenizer), strict=True):
+        # Some rows may show tests where others do not.
+        asked = [{"prompt": row["prompt"], "tests": row.get("tests", "")} for row in rows]
+        answered = iter(rows)
+        for batch, _ in self._asked(model, tokenizer, asked):
+            for text in code_of(batch, self.answered(model, batch), tokenizer):
+                row = next(answered)
                 yield {**row, "generated": self.ended(row["prompt"], text)}
 
 
@@ -157,23 +180,26 @@ class PassScores(TextScores):
         self._k = k
         self._limits = limits
         self._isolated = isolated
-        self._problems: list[list[tuple[str, str]]] = []
+        self._problems: list[list[tuple[str, str] | sandbox.Outcome]] = []
         self.outcomes: list[list[sandbox.Outcome]] = []
 
     def read(self, batch: Batch, written: Tensor) -> list[str]:
         """What was written in answer to a batch."""
         return code_of(batch, written, self._tokenizer)
 
-    def take(self, prompt: str, tests: str, name: str, answers: Sequence[str]) -> None:
-        """The answers to one problem."""
-        self._problems.append([program(prompt, answer, tests, name) for answer in answers])
+    def take(self, prompt: str, tests: str, name: str, answers: Sequence[str], *, failed: str = "") -> None:
+        """The answers to one problem, which `failed` before it was read, or not."""
+        self._problems.append(
+            [sandbox.Outcome(False, failed) if failed else program(prompt, one, tests, name) for one in answers]
+        )
 
     def compute(self) -> dict[str, float]:
         due = self._problems[len(self.outcomes) :]
-        found = iter(
-            sandbox.run_all([one for problem in due for one in problem], self._limits, isolated=self._isolated)
-        )
-        self.outcomes += [[next(found) for _ in problem] for problem in due]
+        programs = [one for problem in due for one in problem if not isinstance(one, sandbox.Outcome)]
+        found = iter(sandbox.run_all(programs, self._limits, isolated=self._isolated))
+        self.outcomes += [
+            [one if isinstance(one, sandbox.Outcome) else next(found) for one in problem] for problem in due
+        ]
         right = [(len(one), sum(outcome.passed for outcome in one)) for one in self.outcomes]
         return {
             **{f"pass@{k}": sum(pass_at_k(n, c, k) for n, c in right) / len(right) for k in self._k},

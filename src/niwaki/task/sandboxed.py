@@ -1,22 +1,30 @@
 """What runs inside of the sandbox, in an interpreter of its own with the standard library alone: it gives up what it
-may do, runs a solution and then its tests, and says that they ran. `sandbox.py` starts it, by its path.
+may do, runs a solution, asks for its tests, runs them, and says that they ran. `sandbox.py` starts it, by its path.
 
 Given up, by Linux's own means, none of which needs root: limits of memory, processor, files (setrlimit); reading but
-for Python's own files and writing but for one folder (Landlock, kernel 5.13); and, by a filter of system calls
+for Python's own files and writing but for one folder, in which a file that is made stays, under its name (Landlock,
+kernel 5.13); and, by a filter of system calls
 (seccomp), sockets, other processes and programs, signals to others, tracing, mounts, clocks, owners and modes of files,
-and every call that is newer than the list below.
+news of files (inotify), and every call that is newer than the list below.
+
+Not given up, since neither Landlock nor the filter can refuse it alone: to ask whether a file outside is there, how
+long it is, whose, and when it changed (stat, readlink), and so which processes there are (/proc); names, not contents,
+in the folders of Python; the clock.
 """
 
+import builtins
 import ctypes
 import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
+import time
 import types
 
-READY, PASSED, FAILED, REFUSED = b"R", b"P", b"F", b"X"
+READY, LOADED, TESTED, PASSED, FAILED, REFUSED = b"R", b"L", b"T", b"P", b"F", b"X"
 EPERM, ENOSYS = 1, 38
 
 # Numbers of system calls: x86_64, then aarch64 where there is such a call.
@@ -30,6 +38,7 @@ CALLS = {
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262),
+    "inotify_init": (253,), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "personality": (135, 92), "vhangup": (153, 58),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
@@ -46,23 +55,33 @@ CALLS = {
     "utimensat": (280, 88), "futimesat": (261,), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "truncate": (76, 45),
     "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "prctl": (157, 167), "seccomp": (317, 277),
+    "fallocate": (285, 47), "memfd_create": (319, 279), "memfd_secret": (447, 447), "prctl": (157, 167),
+    "seccomp": (317, 277),
 }  # fmt: skip
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place in the list, AUDIT_ARCH
-CLONE, FCNTL = (56, 220), (72, 25)
+CLONE, FCNTL, OPEN, OPENAT, OPENAT2 = (56, 220), (72, 25), (2,), (257, 56), 437
 CLONE3, NEWEST = 435, 452  # what a C library tries first for a thread; the last call that is known here
 CLONE_THREAD = 0x10000
+O_TMPFILE = 0x400000  # a file without a name
 F_SETOWN, F_SETSIG, F_SETOWN_EX = 8, 10, 15  # whom the kernel signals when a file has news
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data, low halves
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = (
+    0,
+    4,
+    16,
+    24,
+    32,
+)  # offsets in struct seccomp_data, low halves
 
 # Rights of Landlock, in the order of the bits.
-WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << bit for bit in (1, 2, 3, 5, 8, 14))
+WRITE_FILE, READ_FILE, READ_DIR, MAKE_REG, TRUNCATE = (1 << bit for bit in (1, 2, 3, 8, 14))
 RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # from this version on
 READ = READ_FILE | READ_DIR
-READABLE = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+READABLE = ("/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom")
+INSTALLED = ("site-packages", "dist-packages")  # what somebody added to Python
 
 
 def limit(memory: int, seconds: int, file: int, files: int) -> None:
@@ -85,6 +104,21 @@ def called(library: ctypes.CDLL, what: str, *values: object) -> int:
     return found
 
 
+def without_installed(folder: str) -> dict[str, int]:
+    """Rights to read a folder of libraries, but for the packages that somebody added to a Python in it."""
+    found = {folder: READ_DIR}  # of all names below it: modules are looked for in a list of them
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return {}
+    for entry in entries:
+        if entry.is_symlink() or entry.name in INSTALLED:
+            continue
+        of_python = entry.is_dir() and entry.name.startswith(("python", "pypy"))
+        found |= without_installed(entry.path) if of_python else {entry.path: READ}
+    return found
+
+
 def give_up_files(library: ctypes.CDLL, folder: str) -> None:
     """Read Python's own files, write in `folder`, and nothing else of any file system."""
     version = called(library, "syscall", 444, None, 0, 1)
@@ -92,8 +126,16 @@ def give_up_files(library: ctypes.CDLL, folder: str) -> None:
     parts = [rights] + [3] * (version >= 4) + [3] * (version >= 6)  # files; TCP; sockets of others, signals to others
     rules = ctypes.create_string_buffer(struct.pack(f"={len(parts)}Q", *parts))
     ruleset = called(library, "syscall", 444, rules, 8 * len(parts), 0)
-    inside = READ | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE  # plain files, side by side
-    allowed = {path: READ for path in (*READABLE, sys.base_prefix, sys.base_exec_prefix) if path != "/"}
+    # Plain files, side by side, that stay: what is removed and still mapped takes room that nobody sees.
+    inside = READ | WRITE_FILE | MAKE_REG | TRUNCATE
+    own = [
+        os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.base_exec_prefix) for name in ("lib", "lib64")
+    ]
+    allowed = dict.fromkeys(READABLE, READ)
+    for folder_of_libraries in dict.fromkeys(
+        map(os.path.realpath, (*LIBRARIES, *own, *filter(os.path.isdir, sys.path)))
+    ):
+        allowed |= without_installed(folder_of_libraries)
     for path, access in {**allowed, "/dev/null": READ | WRITE_FILE, folder: inside}.items():
         if os.path.exists(path):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -113,10 +155,16 @@ def filter_of(machine: str) -> bytes:
         (LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER),
         (AT_LEAST, 0, 1, NEWEST + 1), (RETURN, 0, 0, ERRNO | ENOSYS),  # those of another convention too
-        (EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ERRNO | ENOSYS),
+        (EQUAL, 1, 0, CLONE3), (EQUAL, 0, 1, OPENAT2), (RETURN, 0, 0, ERRNO | ENOSYS),
     ]  # fmt: skip
     for number in refused:
         lines += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | EPERM)]
+    for numbers, flags in ((OPEN, SECOND_ARGUMENT), (OPENAT, THIRD_ARGUMENT)):
+        if len(numbers) > column:
+            lines += [
+                (EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, flags), (ANY_BIT, 0, 1, O_TMPFILE),
+                (RETURN, 0, 0, ERRNO | EPERM), (RETURN, 0, 0, ALLOW),
+            ]  # fmt: skip
     lines += [
         (EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD),
         (RETURN, 0, 0, ERRNO | EPERM), (RETURN, 0, 0, ALLOW),
@@ -150,29 +198,109 @@ def isolate(folder: str) -> None:
     give_up_calls(library)
 
 
-def main(report: int, token: int) -> None:
-    """Run what stands in the standard input, as JSON; `report` and `token`: the pipes to say how it went, and to read
-    what nobody can know who did not get to the end of the tests."""
+def kept_track_of(library: ctypes.CDLL) -> None:
+    """Go on in a process of its own. The one that was here (Linux) becomes the parent of all that loses its own, of any
+    session, and ends them where that process ends or SIGTERM says so."""
+    called(library, "prctl", 36, 1, 0, 0, 0)
+    called(library, "prctl", 1, signal.SIGTERM, 0, 0, 0)  # where its parent ends
+    awaited = {signal.SIGTERM, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    own = os.fork()
+    if own == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    os.closerange(3, 256)  # the pipes are the other's
+    status = None
+    while status is None and signal.sigwait(awaited) != signal.SIGTERM:
+        status = ended_children().get(own)
+    while children := children_of(os.getpid()):
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        ended_children()
+        time.sleep(0.001)
+    code = os.waitstatus_to_exitcode(status) if status is not None else 1
+    if code < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(code)
+
+
+def ended_children() -> dict[int, int]:
+    """The status of each child that has ended, which is then forgotten."""
+    found: dict[int, int] = {}
+    try:
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            found[child[0]] = child[1]
+    except ChildProcessError:
+        pass
+    return found
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process started, or that were left to it."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        if int(fields[1]) == parent:
+            found.append(int(name))
+    return found
+
+
+def execute(text: str, kind: str, names: dict[str, object]) -> None:
+    """Run Python: the frame that the program can look up to."""
+    run = exec
+    code = compile(text, kind, "exec", dont_inherit=True)
+    del text
+    run(code, names)
+
+
+def restore(kept: dict[str, object]) -> None:
+    """Python's own names as they were."""
+    own = builtins.__dict__
+    own.update(kept)
+    for name in [name for name in own if name not in kept]:
+        del own[name]
+
+
+def main(report: int, told: int) -> None:
+    """Run what stands in the standard input, as JSON; by the pipe `report` this process says how it went, by `told` it
+    hears the tests once the solution is loaded, and once they have run what it has to say then."""
+    read, write, untrace, unprofile, leave = os.read, os.write, sys.settrace, sys.setprofile, os._exit
     job = json.loads(sys.stdin.buffer.read())
-    read, write, compiled, run = os.read, os.write, compile, exec  # before anyone can put others in their place
-    untrace, unprofile, leave = sys.settrace, sys.setprofile, os._exit
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    solution, isolated = job["solution"], job["isolated"]
     try:
+        if not isolated and platform.system() == "Linux":
+            kept_track_of(ctypes.CDLL(None, use_errno=True))
         limit(job["memory"], job["seconds"], job["file"], job["files"])
-        if job["isolated"]:
+        if isolated:
             isolate(os.getcwd())
-    except OSError as error:
-        write(report, REFUSED + str(error).encode())
+    except Exception as error:
+        write(report, REFUSED + f"{type(error).__name__}: {error}".encode())
         leave(1)
+    # Before anyone can put others in their place.
+    start, again, kept, from_bytes = execute, restore, dict(builtins.__dict__), int.from_bytes
+    names = module.__dict__
+    del job
     write(report, READY)
     try:
         # Apart, so that no solution can make the tests a part of a text or of a branch of its own.
-        run(compiled(job["solution"], "solution", "exec", dont_inherit=True), module.__dict__)
+        start(solution, "solution", names)
         untrace(None)
         unprofile(None)
-        run(compiled(job["tests"], "tests", "exec", dont_inherit=True), module.__dict__)
+        again(kept)
+        names["__builtins__"] = builtins
+        write(report, LOADED)
+        heard = b""
+        size = from_bytes(read(told, 8), "little")
+        while len(heard) < size:
+            heard += read(told, size - len(heard)) or leave(1)  # there is nobody to ask
+        start(heard.decode(), "tests", names)
     except BaseException as error:
         kind = type(error).__name__
         try:
@@ -181,7 +309,8 @@ def main(report: int, token: int) -> None:
             said = kind
         write(report, FAILED + said[:200].encode(errors="replace"))
         leave(1)
-    write(report, PASSED + read(token, 64))
+    write(report, TESTED)
+    write(report, PASSED + read(told, 64))
     leave(0)
 
 

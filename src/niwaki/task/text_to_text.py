@@ -70,8 +70,9 @@ class TextToText(Task):
         super().__post_init__()
         search.check(self)
         for name in fields_of(self.prefix):
-            if name not in self.needs.asking.optional:
-                known = [one for one in self.needs.asking.optional if one not in ("id",)]
+            readable = [one for one in self.needs.asking.optional if one not in self.needs.hints]
+            if name not in readable:
+                known = [one for one in readable if one not in ("id",)]
                 raise ConfigError(
                     f"task.prefix={self.prefix!r}: {name!r} is no column that may be named there; needs a text"
                     + (f" with {{{known[0]}}} at most" if known else " without braces")
