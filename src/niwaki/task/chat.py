@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from niwaki.errors import ConfigError
@@ -78,15 +79,13 @@ def tokens_of(
     messages: Sequence[Message], tokenizer: Any, turns: Turns, most: int
 ) -> tuple[list[int], list[bool], list[int]]:
     """The tokens before the last answer, which of them an earlier answer says, and those of the last answer, at most
-    `most`. Each piece is encoded by itself, as it is where a model answers, so no token crosses from one to another;
-    the tokenizer's end token ends an answer where the template has none."""
+    `most`; the tokenizer's end token ends an answer where the template has none."""
     known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    texts, says = zip(*parts(messages, tokenizer, turns), strict=True)
     pieces = []
-    for text, said in parts(messages, tokenizer, turns):
-        ids = encoded(text, tokenizer)
-        if said and (not ids or ids[-1] not in known):
-            ids = [*ids, end_of(tokenizer)]
-        pieces.append((ids, said))
+    for ids, said in zip(encoded(texts, tokenizer), says, strict=True):
+        ended = not said or (ids and ids[-1] in known)
+        pieces.append((ids if ended else [*ids, end_of(tokenizer)], said))
     *earlier, (answer, _) = pieces
     if len(answer) > most:
         answer = [*answer[: most - 1], answer[-1]]
@@ -94,11 +93,32 @@ def tokens_of(
     return before, [said for ids, said in earlier for _ in ids], answer
 
 
-def encoded(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a piece, the special ones that the template spells among them."""
-    spelled = {"add_special_tokens": False, "split_special_tokens": False}
-    found: list[int] = tokenizer(text, verbose=False, **spelled)["input_ids"]
-    return found
+def encoded(texts: Sequence[str], tokenizer: Any, lead: str = "") -> list[list[int]]:
+    """The tokens of each piece of a text, as the whole text has them, the special ones that it spells among them.
+
+    A model that answers is given what stands before a piece, and no token that crosses into it; the text is cut where
+    one would. What is cut off is encoded behind `lead`, an end token, since a tokenizer may write the beginning of a
+    text otherwise than its middle.
+    """
+    edges = list(accumulate(map(len, texts), initial=len(lead)))
+    found = tokenizer(
+        lead + "".join(texts), add_special_tokens=False, split_special_tokens=False, return_attention_mask=False,
+        return_offsets_mapping=True, verbose=False,
+    )  # fmt: skip
+    pieces: list[list[int]] = [[] for _ in texts]
+    reach, number = len(lead), 0
+    for token, (start, stop) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if lead and stop <= len(lead):
+            continue
+        while stop > edges[number + 1]:
+            number += 1
+            # A blank that no token holds may be one whose token is told without it.
+            if start < edges[number] or reach < edges[number]:
+                behind = encoded(texts[number:], tokenizer, tokenizer.decode(end_of(tokenizer)))
+                return [*encoded(texts[:number], tokenizer, lead), *behind]
+        pieces[number].append(token)
+        reach = max(reach, stop)
+    return pieces
 
 
 def end_of_turn(tokenizer: Any) -> int:
