@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
-from niwaki.errors import ConfigError
+from niwaki.errors import ConfigError, DataError
 from niwaki.task.layout import end_of
 
 Message = dict[str, str]  # role, content
@@ -46,6 +46,24 @@ def rendered(messages: Sequence[Message], tokenizer: Any, *, asked: bool = False
         roles = ", ".join(message["role"] for message in messages)
         raise ConfigError(f"the chat template of the tokenizer refuses the roles {roles} ({error})") from None
     return text
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The texts that are read as special tokens wherever they stand."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
+def check_spelling(messages: Sequence[Message], special: Sequence[str]) -> None:
+    """Raise DataError where a message spells a special token, and so would end its turn or begin another's. What a
+    template writes around it is read in one pass with it, so the one cannot be told from the other."""
+    for message in messages:
+        for token in special:
+            if any(token in text for text in message.values()):
+                raise DataError(
+                    f"messages: {message['role']} says {message['content'][:40]!r}, which holds {token!r}, a special "
+                    "token of this model, and would be read as one; leave it out, or write it otherwise"
+                )
 
 
 def parts(messages: Sequence[Message], tokenizer: Any, turns: Turns) -> list[tuple[str, bool]]:
@@ -127,9 +145,9 @@ def end_of_turn(tokenizer: Any) -> int:
     return tokens_of(pair, tokenizer, "last", 8)[2][-1]
 
 
-def shortened(messages: Sequence[Message]) -> list[Message] | None:
-    """A talk without its oldest question and what was answered to it, its system text as it was; None where only the
-    last question is left."""
+def shorter(messages: Sequence[Message]) -> list[list[Message]]:
+    """A talk whole, without its oldest question and what was answered to it, without the two oldest, ..., and with the
+    last question alone; each with its system text."""
     lead = 1 if messages[0]["role"] == "system" else 0
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    return [*messages[:lead], *messages[users[1] :]] if len(users) > 1 else None
+    return [list(messages), *([*messages[:lead], *messages[user:]] for user in users[1:])]

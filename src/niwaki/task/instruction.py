@@ -3,8 +3,10 @@ arXiv:2203.02155)."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -52,10 +54,11 @@ class Instruction(TextToText):
             tokenizer.chat_template = chat.DEFAULT
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
-        layout, end = layout_for(tokenizer), chat.end_of_turn(tokenizer)
+        layout, end, special = layout_for(tokenizer), chat.end_of_turn(tokenizer), chat.special_texts(tokenizer)
         found: Rows = {name: [] for name in ("input_ids", "counted", "labels", "end", "reference", "length")}
         for messages in rows["messages"]:
             talk = until_last_answer(messages)
+            chat.check_spelling(talk, special)
             source, counted, target = self._fitted(talk, tokenizer)
             content = talk[-1]["content"]
             if layout.crossed:
@@ -70,7 +73,9 @@ class Instruction(TextToText):
 
     def _read(self, rows: Rows, tokenizer: Any) -> list[list[int]]:
         # With an answer that no one reads: the pieces before it are the same as in training.
-        answer = {"role": "assistant", "content": "a"}
+        answer, special = {"role": "assistant", "content": "a"}, chat.special_texts(tokenizer)
+        for talk in rows["messages"]:
+            chat.check_spelling(talk, special)
         return [self._fitted([*talk, answer], tokenizer)[0] for talk in rows["messages"]]
 
     def _fitted(self, talk: list[chat.Message], tokenizer: Any) -> tuple[list[int], list[bool], list[int]]:
@@ -78,17 +83,20 @@ class Instruction(TextToText):
         crossed = layout_for(tokenizer).crossed
         before, behind = CROSSED.around(tokenizer, None) if crossed else ([], [])
         room = self.max_length - len(before) - len(behind)
-        rest: list[chat.Message] | None = talk
-        while rest is not None:
-            talk = rest
-            source, counted, answer = chat.tokens_of(
-                talk, tokenizer, "last" if crossed else self.turns, self.max_target_length
-            )
-            if source[: len(before)] == before:  # where the template spells it
-                source, counted = source[len(before) :], counted[len(before) :]
-            if len(source) <= room:
-                break
-            rest = chat.shortened(talk)
+
+        @cache
+        def read(dropped: int) -> tuple[list[int], list[bool], list[int]]:
+            turns = "last" if crossed else self.turns
+            source, counted, answer = chat.tokens_of(talks[dropped], tokenizer, turns, self.max_target_length)
+            lead = len(before) if source[: len(before)] == before else 0  # where the template spells it
+            return source[lead:], counted[lead:], answer
+
+        def fits(dropped: int) -> bool:
+            return dropped == len(talks) - 1 or len(read(dropped)[0]) <= room
+
+        talks = chat.shorter(talk)
+        whole = fits(0)
+        source, counted, answer = read(0 if whole else bisect_left(range(len(talks)), True, lo=1, key=fits))
         source, counted = source[-room:], counted[-room:]
         return (
             [*before, *source, *behind],
@@ -97,8 +105,10 @@ class Instruction(TextToText):
         )
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        end = chat.end_of_turn(tokenizer)
-        return super().collate([{"end": end, **row} for row in features], tokenizer)
+        if "end" not in features[0]:
+            end = chat.end_of_turn(tokenizer)
+            features = [{**row, "end": end} for row in features]
+        return super().collate(features, tokenizer)
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
         return AnswerScores(tokenizer, self.rouge_words)
