@@ -8,6 +8,8 @@ import pytest
 from written import batch_of, features, tiny
 
 from niwaki.task.dialogue import Dialogue, distinct, last_turns
+from niwaki.task.text_to_text import TextToText
+from niwaki.task.translation import Translation
 
 TALK = {"history": [["aa", "bb", "cc"], ["hello"]], "response": ["dd", "hi there"]}
 
@@ -58,3 +60,20 @@ def test_scores(family: str) -> None:
     assert "version:" in scores.report()["signatures"]["bleu"]
     answered = list(task.answers(model, tokenizer, (), [{"history": talk} for talk in TALK["history"]]))
     assert [set(row) for row in answered] == [{"history", "generated"}] * 2
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_validation_writes_only_what_the_score_to_watch_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    own = TextToText.answered
+    monkeypatch.setattr(TextToText, "answered", lambda self, *rest: written.append(self.name) or own(self, *rest))
+    asked = {"source": ["aa"], "target": ["b b"]}
+    for task, rows in ((Dialogue(), TALK), (Translation(), asked)):
+        model, tokenizer = tiny(family, task)
+        batch = batch_of(task, tokenizer, rows)
+        whole, watched = task.scores((), tokenizer), task.scores((), tokenizer)
+        task.score(whole, model, batch)
+        task.watch(watched, model, batch)
+        assert watched.compute()[task.metric] == whole.compute()[task.metric]
+        assert set(watched.compute()) == ({"perplexity", "loss"} if task.name == "dialogue" else set(whole.compute()))
+    assert written == ["dialogue", "translation", "translation"]

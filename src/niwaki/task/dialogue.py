@@ -16,7 +16,7 @@ from niwaki.task.text_to_text import TextScores, TextToText
 @dataclass(frozen=True, kw_only=True)
 class Dialogue(TextToText):
     """perplexity, which is the score to watch (many answers are right that are not the one of the data), bleu, and the
-    share of n-grams that are distinct (distinct1, distinct2).
+    share of n-grams that are distinct (distinct1, distinct2). Validation within a fit writes no texts.
 
     Between turns stands `separator`, null for the tokenizer's separator token, else its end token, as in DialoGPT. What
     does not fit in `max_length` is left out from the oldest turn on; of a last turn that is too long, its beginning.
@@ -80,14 +80,13 @@ class ResponseScores(TextScores):
         super().__init__(tokenizer)
         self._bleu = BLEU()
 
-    def compute(self) -> dict[str, float]:
+    def compared(self) -> dict[str, float]:
         return {
             "bleu": self._bleu.corpus_score(self.written, self.streams).score,
             "distinct1": distinct(self.written, 1),
             "distinct2": distinct(self.written, 2),
-            **super().compute(),
         }
 
     def report(self) -> dict[str, Any]:
-        """sacrebleu's own words for what `compute` did."""
+        """sacrebleu's own words for what `compared` did."""
         return {"signatures": {"bleu": str(self._bleu.get_signature())}}

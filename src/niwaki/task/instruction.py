@@ -27,7 +27,8 @@ class Instruction(TextToText):
     A talk is written by the tokenizer's chat template, or one that is then saved with it (`chat.DEFAULT`), up to the
     last turn of the assistant. `turns`: which of its turns are learned; where an encoder reads, that is the last alone.
     What does not fit in `max_length` is left out from the oldest question on, the system text last; of one question
-    that is too long, the beginning. The scores beside perplexity are of the last turn, as the model writes it.
+    that is too long, the beginning. The scores beside perplexity are of the last turn, as the model writes it;
+    validation within a fit writes nothing.
     """
 
     needs: ClassVar[Needs] = Needs(required=("messages",))
@@ -130,15 +131,14 @@ class AnswerScores(TextScores):
         self._bleu = BLEU()
         self._words = rouge_words
 
-    def compute(self) -> dict[str, float]:
+    def compared(self) -> dict[str, float]:
         hits = sum(one == other.strip() for one, (other, *_) in zip(self.written, self.references, strict=True))
         return {
             **rouge(self.written, self.references, self._words, ("rougeL",)),
             "bleu": self._bleu.corpus_score(self.written, self.streams).score,
             "exact": hits / len(self.written),
-            **super().compute(),
         }
 
     def report(self) -> dict[str, Any]:
-        """sacrebleu's own words for what `compute` did."""
+        """sacrebleu's own words for what `compared` did."""
         return {"signatures": {"bleu": str(self._bleu.get_signature())}}

@@ -157,14 +157,13 @@ class TableScores(TextScores):
             known = self.references[self._places[table]]
             known += [text for text in texts if text not in known]
 
-    def compute(self) -> dict[str, float]:
+    def compared(self) -> dict[str, float]:
         return {
             "bleu": self._bleu.corpus_score(self.written, self.streams).score,
             **rouge(self.written, self.references, self._words, ("rougeL",)),
             "tables": float(len(self.written)),
-            **super().compute(),
         }
 
     def report(self) -> dict[str, Any]:
-        """sacrebleu's own words for what `compute` did."""
+        """sacrebleu's own words for what `compared` did."""
         return {"signatures": {"bleu": str(self._bleu.get_signature())}}

@@ -242,6 +242,10 @@ class Task(abc.ABC):
         """Let a model do a batch, and gather how well it did."""
         scores.update(model(**self.inputs(batch)), batch)
 
+    def watch(self, scores: Scores, model: Any, batch: Batch) -> None:
+        """`score`, as far as the score to watch needs it: what is done at each validation of a fit."""
+        self.score(scores, model, batch)
+
     @abc.abstractmethod
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]

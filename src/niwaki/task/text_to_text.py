@@ -195,6 +195,12 @@ class TextToText(Task):
         assert isinstance(scores, TextScores)
         scores.compare(self.answered(model, batch), batch["reference"])
 
+    def watch(self, scores: Scores, model: Any, batch: Batch) -> None:
+        if self.metric == "perplexity":  # for which nothing needs to be written
+            super().score(scores, model, batch)
+        else:
+            self.score(scores, model, batch)
+
     @abc.abstractmethod
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores: ...
 
@@ -252,6 +258,13 @@ class TextScores(LikelihoodScores):
         """Take what was written, tokens (rows, tokens), and the references as bytes of UTF-8 (rows, bytes)."""
         self.written += texts_of(written, self._tokenizer)
         self.references += references_of(references)
+
+    def compute(self) -> dict[str, float]:
+        return {**(self.compared() if self.written else {}), **super().compute()}
+
+    def compared(self) -> dict[str, float]:
+        """The scores of what was written."""
+        return {}
 
     @property
     def streams(self) -> list[Any]:
