@@ -77,3 +77,14 @@ def test_validation_writes_only_what_the_score_to_watch_needs(family: str, monke
         assert watched.compute()[task.metric] == whole.compute()[task.metric]
         assert set(watched.compute()) == ({"perplexity", "loss"} if task.name == "dialogue" else set(whole.compute()))
     assert written == ["dialogue", "translation", "translation"]
+
+
+def test_characters_are_the_words_of_texts_without_blanks() -> None:
+    """5 characters, 4 of them distinct, and 4 pairs that all are."""
+    texts = ["\u6211\u4eec\u6211\u662f\u8c01"]
+    assert distinct(texts, 1) == 1.0  # one word
+    for tokens in ("zh", "char"):
+        assert distinct(texts, 1, tokens) == pytest.approx(4 / 5)
+        assert distinct(texts, 2, tokens) == pytest.approx(4 / 5)
+    assert distinct(["abc abc \u6211"], 1, "zh") == pytest.approx(2 / 3)
+    assert distinct(["abc"], 1, "char") == 1.0

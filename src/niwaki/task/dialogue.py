@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
+from niwaki.task.bleu import BleuTokens, bleu, words
 from niwaki.task.layout import end_of, layout_for
 from niwaki.task.task import Rows
 from niwaki.task.text_to_text import TextScores, TextToText
@@ -27,8 +28,10 @@ class Dialogue(TextToText):
     metric: ClassVar[str] = "perplexity"
     mode: ClassVar[Literal["max", "min"]] = "min"
     paper: ClassVar[str] = "Vinyals & Le 2015, arXiv:1506.05869; Li et al. 2016, arXiv:1510.03055"
+    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "bleu_tokens")
 
     max_target_length: int = 64
+    bleu_tokens: BleuTokens = "13a"
 
     def _read(self, rows: Rows, tokenizer: Any) -> list[list[int]]:
         layout = layout_for(tokenizer)
@@ -51,7 +54,7 @@ class Dialogue(TextToText):
         return [tokenizer.sep_token_id if tokenizer.sep_token_id is not None else end_of(tokenizer)]
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
-        return ResponseScores(tokenizer)
+        return ResponseScores(tokenizer, self.bleu_tokens)
 
 
 def last_turns(talk: Sequence[list[int]], between: list[int], room: int) -> list[int]:
@@ -64,27 +67,26 @@ def last_turns(talk: Sequence[list[int]], between: list[int], room: int) -> list
     return kept
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
+def distinct(texts: Sequence[str], n: int, tokens: BleuTokens = "13a") -> float:
     """Distinct n-grams of words in all texts, by the words in all texts (Li et al. 2016)."""
-    words = [text.split() for text in texts]
-    grams = {tuple(one[i : i + n]) for one in words for i in range(len(one) - n + 1)}
-    return len(grams) / max(1, sum(map(len, words)))
+    found = [words(text, tokens) for text in texts]
+    grams = {tuple(one[i : i + n]) for one in found for i in range(len(one) - n + 1)}
+    return len(grams) / max(1, sum(map(len, found)))
 
 
 class ResponseScores(TextScores):
     """bleu in 0..100 with sacrebleu's settings; distinct1 and distinct2 in 0..1."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        from sacrebleu.metrics import BLEU
-
+    def __init__(self, tokenizer: Any, bleu_tokens: BleuTokens = "13a") -> None:
         super().__init__(tokenizer)
-        self._bleu = BLEU()
+        self._bleu = bleu(bleu_tokens)
+        self._words: BleuTokens = bleu_tokens
 
     def compared(self) -> dict[str, float]:
         return {
             "bleu": self._bleu.corpus_score(self.written, self.streams).score,
-            "distinct1": distinct(self.written, 1),
-            "distinct2": distinct(self.written, 2),
+            "distinct1": distinct(self.written, 1, self._words),
+            "distinct2": distinct(self.written, 2, self._words),
         }
 
     def report(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
 from niwaki.task import chat
+from niwaki.task.bleu import BleuTokens, bleu
 from niwaki.task.layout import CROSSED, layout_for
 from niwaki.task.rouge import Words, rouge
 from niwaki.task.task import Rows
@@ -35,11 +36,12 @@ class Instruction(TextToText):
     metric: ClassVar[str] = "perplexity"
     mode: ClassVar[Literal["max", "min"]] = "min"
     paper: ClassVar[str] = "Wei et al. 2022, arXiv:2109.01652; Ouyang et al. 2022, arXiv:2203.02155"
-    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words")
+    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words", "bleu_tokens")
 
     max_length: int = 256
     turns: chat.Turns = "all"
     rouge_words: Words = "english"
+    bleu_tokens: BleuTokens = "13a"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +114,7 @@ class Instruction(TextToText):
         return super().collate(features, tokenizer)
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
-        return AnswerScores(tokenizer, self.rouge_words)
+        return AnswerScores(tokenizer, self.rouge_words, self.bleu_tokens)
 
 
 def until_last_answer(messages: Sequence[chat.Message]) -> list[chat.Message]:
@@ -124,11 +126,9 @@ def until_last_answer(messages: Sequence[chat.Message]) -> list[chat.Message]:
 class AnswerScores(TextScores):
     """rougeL and bleu in 0..100; exact: the share of answers that are the reference."""
 
-    def __init__(self, tokenizer: Any, rouge_words: Words) -> None:
-        from sacrebleu.metrics import BLEU
-
+    def __init__(self, tokenizer: Any, rouge_words: Words, bleu_tokens: BleuTokens = "13a") -> None:
         super().__init__(tokenizer)
-        self._bleu = BLEU()
+        self._bleu = bleu(bleu_tokens)
         self._words = rouge_words
 
     def compared(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.model.text import end_tokens
+from niwaki.task.bleu import BleuTokens, bleu
 from niwaki.task.constraint import one_of, with_all
 from niwaki.task.layout import filled, layout_for, layout_of
 from niwaki.task.rouge import Words, rouge
@@ -37,9 +38,10 @@ class TableToText(TextToText):
     needs: ClassVar[Needs] = Needs(required=("source", "target"), optional=("references", "attribute"))
     metric: ClassVar[str] = "bleu"
     paper: ClassVar[str] = "Novikova et al. 2017, arXiv:1706.09254"
-    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words", "choices")
+    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words", "bleu_tokens", "choices")
 
     rouge_words: Words = "english"
+    bleu_tokens: BleuTokens = "13a"
     must_contain: Sequence[str] | None = None
     choices: Sequence[str] | None = None
 
@@ -112,7 +114,7 @@ class TableToText(TextToText):
         scores.join(tables, batch["reference"])
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
-        return TableScores(tokenizer, self.rouge_words)
+        return TableScores(tokenizer, self.rouge_words, self.bleu_tokens)
 
 
 def boxed(rows: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Tensor:
@@ -131,11 +133,9 @@ class TableScores(TextScores):
     """bleu in 0..100 with sacrebleu's settings (the challenge's own script splits words a little otherwise) and rougeL,
     the best of all references; tables: how many there are."""
 
-    def __init__(self, tokenizer: Any, rouge_words: Words) -> None:
-        from sacrebleu.metrics import BLEU
-
+    def __init__(self, tokenizer: Any, rouge_words: Words, bleu_tokens: BleuTokens = "13a") -> None:
         super().__init__(tokenizer)
-        self._bleu = BLEU()
+        self._bleu = bleu(bleu_tokens)
         self._words = rouge_words
         self._places: dict[tuple[int, ...], int] = {}
 
