@@ -76,6 +76,31 @@ def test_draws_have_the_distribution_of_softmax() -> None:
         torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
 
 
+def test_the_model_says_how_is_drawn_what_the_task_does_not() -> None:
+    """With the likeliest alone the draw is the search; a task that sets it is heard instead."""
+    one, other = task(do_sample=True), task(do_sample=True, top_k=50, temperature=2.0)
+    model, tokenizer = tiny("llama", one)
+    batch = batch_of(one, tokenizer, ROWS)
+    free = without_padding(one.answered(model, batch))
+    model.generation_config.top_k = 1
+    likeliest = without_padding(one.write(model, batch, num_beams=1))
+    assert without_padding(one.answered(model, batch)) == likeliest != free
+    assert without_padding(other.answered(model, batch)) != likeliest
+    model.generation_config.top_k, model.generation_config.temperature = 0, 0.0
+    with pytest.raises(ConfigError, match=r"generation_config has temperature=0.0: nothing is drawn so; set task.temp"):
+        one.answered(model, batch)
+
+
+def test_what_may_not_come_is_never_drawn_and_steps_differ() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2000, -1)
+    sources = [torch.tensor([number]) for number in range(2000)]
+    change = search.draw(task(do_sample=True), sources)(range(2000), 0)
+    first, second = (change(torch.zeros(2000, 0), logits) for _ in range(2))
+    assert set(first.argmax(-1).tolist()) == {1, 3}
+    assert ((first > -torch.inf).sum(-1) == 1).all()
+    assert 800 < int((first.argmax(-1) == second.argmax(-1)).sum()) < 1200
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -184,7 +184,7 @@ class TextToText(Task):
         if not self.do_sample:
             return self.write(model, batch, num_beams=self.num_beams)
         layout = layout_of(batch)
-        drawn = search.draw(self, layout.sources(batch), number)
+        drawn = search.draw(self, layout.sources(batch), number, model.generation_config)
         return layout.write(model, batch, self._search(model, batch, 1, drawn))
 
     def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:
