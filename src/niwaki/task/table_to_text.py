@@ -16,6 +16,7 @@ from niwaki.errors import ConfigError, DataError
 from niwaki.model.text import end_tokens
 from niwaki.task.bleu import BleuTokens, bleu
 from niwaki.task.constraint import one_of, with_all
+from niwaki.task.kept import kept
 from niwaki.task.layout import filled, layout_for, layout_of
 from niwaki.task.rouge import Words, rouge
 from niwaki.task.search import Change, Search
@@ -86,19 +87,14 @@ class TableToText(TextToText):
         if self.must_contain is not None:
             batch["values"] = boxed([row["values"] for row in features])
         if self.choices is not None:
-            known = layout_for(tokenizer).targets(list(self.choices), tokenizer, self.max_target_length + 1)
-            for text, tokens in zip(self.choices, known, strict=True):
-                if len(tokens) > self.max_target_length:
-                    raise ConfigError(
-                        f"task.choices: {text[:40]!r} is longer than task.max_target_length={self.max_target_length}"
-                    )
-            batch["choices"] = filled(known, IGNORED).expand(len(features), -1, -1).contiguous()
+            known = tokens_of(tokenizer, tuple(self.choices), self.max_target_length)
+            batch["choices"] = known.expand(len(features), -1, -1).contiguous()
         return batch
 
     def _search(self, model: Any, batch: Batch, num_beams: int, *changes: Change) -> Search:
         ends = frozenset([*end_tokens(model).tolist(), *(batch["ends"].tolist() if "ends" in batch else [])])
         if "choices" in batch:
-            changes = (one_of(batch["choices"], ends), *changes)
+            changes = (one_of(batch["choices"][0], ends), *changes)
         if "values" in batch:
             changes = (with_all(batch["values"], ends, self.max_target_length), *changes)
         return super()._search(model, batch, num_beams, *changes)
@@ -115,6 +111,20 @@ class TableToText(TextToText):
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
         return TableScores(tokenizer, self.rouge_words, self.bleu_tokens)
+
+
+@kept
+def tokens_of(tokenizer: Any, choices: tuple[str, ...], most: int) -> Tensor:
+    """(texts, tokens), IGNORED behind each.
+
+    Raises:
+        ConfigError: one has more than `most` tokens.
+    """
+    found = layout_for(tokenizer).targets(choices, tokenizer, most + 1)
+    for text, tokens in zip(choices, found, strict=True):
+        if len(tokens) > most:
+            raise ConfigError(f"task.choices: {text[:40]!r} is longer than task.max_target_length={most}")
+    return filled(found, IGNORED)
 
 
 def boxed(rows: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Tensor:
