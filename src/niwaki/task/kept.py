@@ -7,7 +7,8 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def kept(function: Callable[P, R]) -> Callable[P, R]:
@@ -17,8 +18,8 @@ def kept(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def inner(*given: P.args, **named: P.kwargs) -> R:
-        tokenizer, *rest = given
-        key = (len(tokenizer), *rest, *sorted(named.items()))  # type: ignore[arg-type]
+        tokenizer, *rest = tuple[Any, ...](given)
+        key = (len(tokenizer), *rest, *sorted(named.items()))
         own = found.setdefault(tokenizer, {})
         if key not in own:
             own[key] = function(*given, **named)
