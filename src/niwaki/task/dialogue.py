@@ -38,7 +38,7 @@ class Dialogue(TextToText):
         between = self._between(tokenizer)
         before, behind = layout.around(tokenizer, self.separator)
         behind = behind if layout.crossed else between  # a response is the next turn
-        lead = tokenizer(self.prefix, add_special_tokens=False)["input_ids"]
+        lead = tokenizer(self.prefix.format(), add_special_tokens=False)["input_ids"]
         room = self.max_length - len(before) - len(behind) - len(lead)
         if room < 1:
             raise ConfigError(f"task.max_length={self.max_length}: what stands around a talk takes all of it")
