@@ -79,7 +79,8 @@ def parts(messages: Sequence[Message], tokenizer: Any, turns: Turns) -> list[tup
         last = number == len(messages) - 1
         if message["role"] != "assistant" or (turns == "last" and not last):
             continue
-        before, behind = rendered(messages[:number], tokenizer, asked=True), rendered(messages[: number + 1], tokenizer)
+        before = rendered(messages[:number], tokenizer, asked=True)
+        behind = whole if last else rendered(messages[: number + 1], tokenizer)
         if not whole.startswith(behind) or not behind.startswith(before) or len(before) < done:
             raise ConfigError(
                 "task.turns=all: the chat template of the tokenizer writes a turn otherwise once others follow it; "
