@@ -91,6 +91,14 @@ def test_the_model_says_how_is_drawn_what_the_task_does_not() -> None:
         one.answered(model, batch)
 
 
+def test_the_least_number_draws_the_first_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for number, drawn in ((0.0, 1), (0.49, 1), (0.51, 3), (1.0 - 2**-53, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: torch.tensor([number], dtype=torch.float64))
+        change = search.draw(task(do_sample=True), [torch.tensor([1])])([0], 0)
+        assert int(change(torch.zeros(1, 0), logits).argmax()) == drawn
+
+
 def test_what_may_not_come_is_never_drawn_and_steps_differ() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2000, -1)
     sources = [torch.tensor([number]) for number in range(2000)]
