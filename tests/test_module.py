@@ -65,6 +65,19 @@ def test_validation_scores_are_those_of_the_task(setting: Callable[..., Any], tr
         assert trainer.callback_metrics[f"validation/{name}"].item() == pytest.approx(value, rel=1e-5)
 
 
+def test_validation_asks_for_the_score_to_watch_alone(
+    setting: Callable[..., Any], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from niwaki.task.ner import NER
+
+    one = setting("bert", "ner")
+    calls: list[str] = []
+    own = NER.watch
+    monkeypatch.setattr(NER, "watch", lambda self, *rest: calls.append("watch") or own(self, *rest))
+    train(learner_of(one, optimizer=SGD(lr=1e-12)), [one.batch()], [one.batch()])
+    assert set(calls) == {"watch"}
+
+
 def test_a_step_is_that_of_the_optimizer_and_the_schedule(
     setting: Callable[..., Any], train: Callable[..., Any]
 ) -> None:

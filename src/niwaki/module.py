@@ -96,7 +96,7 @@ class Learner(pl.LightningModule):
         self._scores = self.task.scores(self.labels, self.tokenizer)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        self.task.score(self._scores, self.model, batch)
+        self.task.watch(self._scores, self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self._scores.compute().items():

@@ -9,7 +9,8 @@ import torch
 from written import batch_of, features, tiny, without_padding
 
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.constraint import holds, next_tokens, with_all
+from niwaki.task.constraint import holds, next_tokens, one_of, trie, with_all
+from niwaki.task.layout import InLine
 from niwaki.task.table_to_text import TableToText
 from niwaki.task.text_to_text import texts_of
 
@@ -118,3 +119,23 @@ def test_what_cannot_be_is_refused() -> None:
     long = TableToText(max_target_length=4, choices=["abcdefgh"])
     with pytest.raises(ConfigError, match=r"'abcdefgh' is longer than task.max_target_length=4"):
         batch_of(long, tokenizer, ROWS)
+
+
+def test_choices_are_one_tree_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trie(((1, 2, 9), (1, 3, 9), (1, 9))) == {1: {2: {9: {}}, 3: {9: {}}, 9: {}}}
+    assert trie(((1, 2),)) is trie(((1, 2),))
+    change = one_of(torch.tensor([[1, 2, 9], [1, 9, -100]]), frozenset([9]))([0], 0)
+    allowed = [
+        torch.isfinite(change(torch.tensor([text], dtype=torch.long), torch.zeros(1, 10))[0])
+        .nonzero()
+        .flatten()
+        .tolist()
+        for text in ([], [1], [1, 2])
+    ]
+    assert allowed == [[1], [2, 9], [9]]
+    task = TableToText(choices=["a b", "c"])
+    _, tokenizer = tiny("llama", task)
+    rows = features(task, tokenizer, ROWS)
+    first = task.collate(rows, tokenizer)["choices"]
+    monkeypatch.setattr(InLine, "targets", lambda *_: pytest.fail("tokenized again"))
+    assert torch.equal(task.collate(rows, tokenizer)["choices"], first)

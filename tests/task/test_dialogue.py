@@ -8,6 +8,8 @@ import pytest
 from written import batch_of, features, tiny
 
 from niwaki.task.dialogue import Dialogue, distinct, last_turns
+from niwaki.task.text_to_text import TextToText
+from niwaki.task.translation import Translation
 
 TALK = {"history": [["aa", "bb", "cc"], ["hello"]], "response": ["dd", "hi there"]}
 
@@ -58,3 +60,31 @@ def test_scores(family: str) -> None:
     assert "version:" in scores.report()["signatures"]["bleu"]
     answered = list(task.answers(model, tokenizer, (), [{"history": talk} for talk in TALK["history"]]))
     assert [set(row) for row in answered] == [{"history", "generated"}] * 2
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_validation_writes_only_what_the_score_to_watch_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    own = TextToText.answered
+    monkeypatch.setattr(TextToText, "answered", lambda self, *rest: written.append(self.name) or own(self, *rest))
+    asked = {"source": ["aa"], "target": ["b b"]}
+    for task, rows in ((Dialogue(), TALK), (Translation(), asked)):
+        model, tokenizer = tiny(family, task)
+        batch = batch_of(task, tokenizer, rows)
+        whole, watched = task.scores((), tokenizer), task.scores((), tokenizer)
+        task.score(whole, model, batch)
+        task.watch(watched, model, batch)
+        assert watched.compute()[task.metric] == whole.compute()[task.metric]
+        assert set(watched.compute()) == ({"perplexity", "loss"} if task.name == "dialogue" else set(whole.compute()))
+    assert written == ["dialogue", "translation", "translation"]
+
+
+def test_characters_are_the_words_of_texts_without_blanks() -> None:
+    """5 characters, 4 of them distinct, and 4 pairs that all are."""
+    texts = ["\u6211\u4eec\u6211\u662f\u8c01"]
+    assert distinct(texts, 1) == 1.0  # one word
+    for tokens in ("zh", "char"):
+        assert distinct(texts, 1, tokens) == pytest.approx(4 / 5)
+        assert distinct(texts, 2, tokens) == pytest.approx(4 / 5)
+    assert distinct(["abc abc \u6211"], 1, "zh") == pytest.approx(2 / 3)
+    assert distinct(["abc"], 1, "char") == 1.0

@@ -76,6 +76,39 @@ def test_draws_have_the_distribution_of_softmax() -> None:
         torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
 
 
+def test_the_model_says_how_is_drawn_what_the_task_does_not() -> None:
+    """With the likeliest alone the draw is the search; a task that sets it is heard instead."""
+    one, other = task(do_sample=True), task(do_sample=True, top_k=50, temperature=2.0)
+    model, tokenizer = tiny("llama", one)
+    batch = batch_of(one, tokenizer, ROWS)
+    free = without_padding(one.answered(model, batch))
+    model.generation_config.top_k = 1
+    likeliest = without_padding(one.write(model, batch, num_beams=1))
+    assert without_padding(one.answered(model, batch)) == likeliest != free
+    assert without_padding(other.answered(model, batch)) != likeliest
+    model.generation_config.top_k, model.generation_config.temperature = 0, 0.0
+    with pytest.raises(ConfigError, match=r"generation_config has temperature=0.0: nothing is drawn so; set task.temp"):
+        one.answered(model, batch)
+
+
+def test_the_least_number_draws_the_first_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for number, drawn in ((0.0, 1), (0.49, 1), (0.51, 3), (1.0 - 2**-53, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: torch.tensor([number], dtype=torch.float64))
+        change = search.draw(task(do_sample=True), [torch.tensor([1])])([0], 0)
+        assert int(change(torch.zeros(1, 0), logits).argmax()) == drawn
+
+
+def test_what_may_not_come_is_never_drawn_and_steps_differ() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2000, -1)
+    sources = [torch.tensor([number]) for number in range(2000)]
+    change = search.draw(task(do_sample=True), sources)(range(2000), 0)
+    first, second = (change(torch.zeros(2000, 0), logits) for _ in range(2))
+    assert set(first.argmax(-1).tolist()) == {1, 3}
+    assert ((first > -torch.inf).sum(-1) == 1).all()
+    assert 800 < int((first.argmax(-1) == second.argmax(-1)).sum()) < 1200
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -120,3 +120,15 @@ def test_models_and_tokenizers_that_cannot_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             SpanCorruption(**settings)
+
+
+def test_sentinels_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a copy of the whole vocabulary for each row."""
+    tokenizer = Tiny(name="t5").tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    first = sentinels_of(tokenizer, 1)
+    assert first == [vocabulary[f"<extra_id_{number}>"] for number in range(len(first))]
+    assert f"<extra_id_{len(first)}>" not in vocabulary
+    for name in ("get_vocab", "convert_tokens_to_ids"):
+        monkeypatch.setattr(type(tokenizer), name, lambda *_: pytest.fail("looked up again"))
+    assert sentinels_of(tokenizer, 1) == first

@@ -9,6 +9,8 @@ import sacrebleu
 from written import batch_of, features, tiny
 
 from niwaki.errors import ConfigError, DataError
+from niwaki.task.code_generation import CodeGeneration
+from niwaki.task.dialogue import Dialogue
 from niwaki.task.table_to_text import TableToText
 
 ROWS = {
@@ -63,3 +65,37 @@ def test_attributes_make_tables_of_their_own() -> None:
     scores: Any = task.scores((), tokenizer)
     task.score(scores, model, batch_of(task, tokenizer, rows))
     assert scores.references == [["t"], ["u"]]
+
+
+@pytest.mark.parametrize("prefix", ["{attribute:d}: ", "{attribute!r}: "])
+def test_a_prefix_has_a_name_alone_between_braces(prefix: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs a name alone between braces, such as {attribute}$"):
+        TableToText(prefix=prefix)
+
+
+def test_doubled_braces_are_braces() -> None:
+    for task, rows in (
+        (TableToText, {"source": ["c"], "target": ["t"]}),
+        (Dialogue, {"history": [["c"]], "response": ["t"]}),
+    ):
+        one = task(prefix="{{a}}: ", max_length=48)
+        _, tokenizer = tiny("llama", one)
+        text = tokenizer.decode(features(one, tokenizer, rows)[0]["input_ids"], skip_special_tokens=True)
+        assert text.replace(" ", "") == "{a}:c"
+
+
+def test_a_column_that_is_only_kept_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^task.prefix='{id} ': 'id' is no column that may be named there"):
+        CodeGeneration(prefix="{id} ")
+
+
+def test_a_row_without_the_column_of_the_prefix_is_refused_alone() -> None:
+    task = TableToText(prefix="{attribute}: ", max_length=48, max_target_length=8)
+    model, tokenizer = tiny("bart", task)
+    rows = [{"source": "a[b]", "attribute": "long"}, {"source": "c[d]"}]
+    found = task.answers(model, tokenizer, (), rows)
+    assert next(found)["source"] == "a[b]"
+    with pytest.raises(DataError, match=r"^task.prefix='{attribute}: ': the rows have no column 'attribute'$"):
+        next(found)
+    with pytest.raises(DataError, match=r"the row with source 'c\[d\]' has no 'attribute'$"):
+        task._sources({"source": ["a[b]", "c[d]"], "attribute": ["long", None]})

@@ -12,16 +12,18 @@ from niwaki.task.task import Scores, Task
 
 
 def evaluate(
-    model: Any, batches: Iterable[dict[str, Tensor]], task: Task, labels: Sequence[str], tokenizer: Any = None
-) -> Scores:
-    """One pass over `batches`, in eval mode, without autocast."""
+    model: Any, batches: Iterable[dict[str, Tensor]], task: Task, labels: Sequence[str], tokenizer: Any = None,
+    *, watched: bool = False,
+) -> Scores:  # fmt: skip
+    """One pass over `batches`, in eval mode, without autocast; `watched`: for the score to watch alone."""
     device = next(model.parameters()).device
     scores = task.scores(labels, tokenizer)
+    take = task.watch if watched else task.score
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            task.score(scores, model, moved)
+            take(scores, model, moved)
     return scores
 
 

@@ -46,7 +46,8 @@ class Probe:
     def scorer(self) -> Callable[[], float]:
         """The task's metric of the model as it is at the time of the call."""
         saved, batches = self.saved, list(self.corpus.evaluation("test"))
-        return lambda: evaluate(saved.model, batches, saved.task, saved.labels, saved.tokenizer).compute()[self.metric]
+        given = (saved.task, saved.labels, saved.tokenizer)
+        return lambda: evaluate(saved.model, batches, *given, watched=True).compute()[self.metric]
 
 
 def sensitivity_command(

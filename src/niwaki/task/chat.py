@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
-from niwaki.errors import ConfigError
+from niwaki.errors import ConfigError, DataError
 from niwaki.task.layout import end_of
 
 Message = dict[str, str]  # role, content
@@ -47,6 +48,24 @@ def rendered(messages: Sequence[Message], tokenizer: Any, *, asked: bool = False
     return text
 
 
+def special_texts(tokenizer: Any) -> list[str]:
+    """The texts that are read as special tokens wherever they stand."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
+def check_spelling(messages: Sequence[Message], special: Sequence[str]) -> None:
+    """Raise DataError where a message spells a special token, and so would end its turn or begin another's. What a
+    template writes around it is read in one pass with it, so the one cannot be told from the other."""
+    for message in messages:
+        for token in special:
+            if any(token in text for text in message.values()):
+                raise DataError(
+                    f"messages: {message['role']} says {message['content'][:40]!r}, which holds {token!r}, a special "
+                    "token of this model, and would be read as one; leave it out, or write it otherwise"
+                )
+
+
 def parts(messages: Sequence[Message], tokenizer: Any, turns: Turns) -> list[tuple[str, bool]]:
     """A talk whose last turn is the assistant's, in pieces: (text, whether the assistant says it). What stands behind
     the mark that ends a turn is not the assistant's, be it a line break.
@@ -60,7 +79,8 @@ def parts(messages: Sequence[Message], tokenizer: Any, turns: Turns) -> list[tup
         last = number == len(messages) - 1
         if message["role"] != "assistant" or (turns == "last" and not last):
             continue
-        before, behind = rendered(messages[:number], tokenizer, asked=True), rendered(messages[: number + 1], tokenizer)
+        before = rendered(messages[:number], tokenizer, asked=True)
+        behind = whole if last else rendered(messages[: number + 1], tokenizer)
         if not whole.startswith(behind) or not behind.startswith(before) or len(before) < done:
             raise ConfigError(
                 "task.turns=all: the chat template of the tokenizer writes a turn otherwise once others follow it; "
@@ -78,15 +98,13 @@ def tokens_of(
     messages: Sequence[Message], tokenizer: Any, turns: Turns, most: int
 ) -> tuple[list[int], list[bool], list[int]]:
     """The tokens before the last answer, which of them an earlier answer says, and those of the last answer, at most
-    `most`. Each piece is encoded by itself, as it is where a model answers, so no token crosses from one to another;
-    the tokenizer's end token ends an answer where the template has none."""
+    `most`; the tokenizer's end token ends an answer where the template has none."""
     known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    texts, says = zip(*parts(messages, tokenizer, turns), strict=True)
     pieces = []
-    for text, said in parts(messages, tokenizer, turns):
-        ids = encoded(text, tokenizer)
-        if said and (not ids or ids[-1] not in known):
-            ids = [*ids, end_of(tokenizer)]
-        pieces.append((ids, said))
+    for ids, said in zip(encoded(texts, tokenizer), says, strict=True):
+        ended = not said or (ids and ids[-1] in known)
+        pieces.append((ids if ended else [*ids, end_of(tokenizer)], said))
     *earlier, (answer, _) = pieces
     if len(answer) > most:
         answer = [*answer[: most - 1], answer[-1]]
@@ -94,11 +112,32 @@ def tokens_of(
     return before, [said for ids, said in earlier for _ in ids], answer
 
 
-def encoded(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a piece, the special ones that the template spells among them."""
-    spelled = {"add_special_tokens": False, "split_special_tokens": False}
-    found: list[int] = tokenizer(text, verbose=False, **spelled)["input_ids"]
-    return found
+def encoded(texts: Sequence[str], tokenizer: Any, lead: str = "") -> list[list[int]]:
+    """The tokens of each piece of a text, as the whole text has them, the special ones that it spells among them.
+
+    A model that answers is given what stands before a piece, and no token that crosses into it; the text is cut where
+    one would. What is cut off is encoded behind `lead`, an end token, since a tokenizer may write the beginning of a
+    text otherwise than its middle.
+    """
+    edges = list(accumulate(map(len, texts), initial=len(lead)))
+    found = tokenizer(
+        lead + "".join(texts), add_special_tokens=False, split_special_tokens=False, return_attention_mask=False,
+        return_offsets_mapping=True, verbose=False,
+    )  # fmt: skip
+    pieces: list[list[int]] = [[] for _ in texts]
+    reach, number = len(lead), 0
+    for token, (start, stop) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if lead and stop <= len(lead):
+            continue
+        while stop > edges[number + 1]:
+            number += 1
+            # A blank that no token holds may be one whose token is told without it.
+            if start < edges[number] or reach < edges[number]:
+                behind = encoded(texts[number:], tokenizer, tokenizer.decode(end_of(tokenizer)))
+                return [*encoded(texts[:number], tokenizer, lead), *behind]
+        pieces[number].append(token)
+        reach = max(reach, stop)
+    return pieces
 
 
 def end_of_turn(tokenizer: Any) -> int:
@@ -107,9 +146,9 @@ def end_of_turn(tokenizer: Any) -> int:
     return tokens_of(pair, tokenizer, "last", 8)[2][-1]
 
 
-def shortened(messages: Sequence[Message]) -> list[Message] | None:
-    """A talk without its oldest question and what was answered to it, its system text as it was; None where only the
-    last question is left."""
+def shorter(messages: Sequence[Message]) -> list[list[Message]]:
+    """A talk whole, without its oldest question and what was answered to it, without the two oldest, ..., and with the
+    last question alone; each with its system text."""
     lead = 1 if messages[0]["role"] == "system" else 0
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    return [*messages[:lead], *messages[users[1] :]] if len(users) > 1 else None
+    return [list(messages), *([*messages[:lead], *messages[user:]] for user in users[1:])]

@@ -13,7 +13,7 @@ from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import DataError
 from niwaki.task.headed import Headed
-from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, batched
+from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Classification(Headed):
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        for part in batched(rows):
+        for part in alike(rows):
             encoded = self.features_of(part, tokenizer, labels)
             features = [{key: values[i] for key, values in encoded.items()} for i in range(len(part))]
             batch = {k: v.to(model.device) for k, v in super().collate(features, tokenizer).items()}

@@ -87,7 +87,7 @@ class CodeGeneration(TextToText):
 
     def _sources(self, rows: Rows) -> list[str]:
         tests = rows.get("tests", [""] * len(rows["prompt"]))
-        return [self.prefix + self._shown(*pair) for pair in zip(rows["prompt"], tests, strict=True)]
+        return [self.prefix.format() + self._shown(*pair) for pair in zip(rows["prompt"], tests, strict=True)]
 
     def _shown(self, prompt: str, tests: str) -> str:
         if FUNCTION.search(prompt):

@@ -4,6 +4,7 @@ arXiv:2010.00904); or any that holds certain words (Hokamp & Liu 2017, arXiv:170
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import takewhile
 
 import torch
@@ -13,6 +14,7 @@ from niwaki.task.search import Change, Processor
 from niwaki.task.task import IGNORED
 
 Tokens = tuple[int, ...]
+Trie = dict[int, "Trie"]
 NEVER, LEAST = -torch.inf, -1e9  # of a token that may not come; of one that has to, whatever else speaks against it
 
 
@@ -42,14 +44,27 @@ def by_text(
 
 
 def one_of(choices: Tensor, ends: frozenset[int]) -> Change:
-    """Only the texts in `choices` (rows, texts, tokens), IGNORED behind each; each has its end token."""
-    known = [[plain(text) for text in row] for row in choices.tolist()]
+    """Only the texts in `choices` (texts, tokens), IGNORED behind each; each has its end token."""
+    root = trie(tuple(plain(text) for text in choices.tolist()))
 
     def change(row: int, text: Tokens, scores: Tensor) -> Tensor:
-        following = {one[len(text)] for one in known[row] if one[: len(text)] == text and len(one) > len(text)}
+        following = root
+        for token in text:
+            following = following.get(token, {})
         return held(scores, following) if following else scores
 
     return lambda rows, begin: by_text(change, rows, begin, ends)
+
+
+@lru_cache(maxsize=8)
+def trie(texts: tuple[Tokens, ...]) -> Trie:
+    """The texts as one tree: to each token those that may follow it."""
+    root: Trie = {}
+    for text in texts:
+        node = root
+        for token in text:
+            node = node.setdefault(token, {})
+    return root
 
 
 def with_all(values: Tensor, ends: frozenset[int], most: int) -> Change:

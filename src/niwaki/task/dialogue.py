@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
+from niwaki.task.bleu import BleuTokens, bleu, words
 from niwaki.task.layout import end_of, layout_for
 from niwaki.task.task import Rows
 from niwaki.task.text_to_text import TextScores, TextToText
@@ -16,7 +17,7 @@ from niwaki.task.text_to_text import TextScores, TextToText
 @dataclass(frozen=True, kw_only=True)
 class Dialogue(TextToText):
     """perplexity, which is the score to watch (many answers are right that are not the one of the data), bleu, and the
-    share of n-grams that are distinct (distinct1, distinct2).
+    share of n-grams that are distinct (distinct1, distinct2). Validation within a fit writes no texts.
 
     Between turns stands `separator`, null for the tokenizer's separator token, else its end token, as in DialoGPT. What
     does not fit in `max_length` is left out from the oldest turn on; of a last turn that is too long, its beginning.
@@ -27,15 +28,17 @@ class Dialogue(TextToText):
     metric: ClassVar[str] = "perplexity"
     mode: ClassVar[Literal["max", "min"]] = "min"
     paper: ClassVar[str] = "Vinyals & Le 2015, arXiv:1506.05869; Li et al. 2016, arXiv:1510.03055"
+    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "bleu_tokens")
 
     max_target_length: int = 64
+    bleu_tokens: BleuTokens = "13a"
 
     def _read(self, rows: Rows, tokenizer: Any) -> list[list[int]]:
         layout = layout_for(tokenizer)
         between = self._between(tokenizer)
         before, behind = layout.around(tokenizer, self.separator)
         behind = behind if layout.crossed else between  # a response is the next turn
-        lead = tokenizer(self.prefix, add_special_tokens=False)["input_ids"]
+        lead = tokenizer(self.prefix.format(), add_special_tokens=False)["input_ids"]
         room = self.max_length - len(before) - len(behind) - len(lead)
         if room < 1:
             raise ConfigError(f"task.max_length={self.max_length}: what stands around a talk takes all of it")
@@ -51,7 +54,7 @@ class Dialogue(TextToText):
         return [tokenizer.sep_token_id if tokenizer.sep_token_id is not None else end_of(tokenizer)]
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
-        return ResponseScores(tokenizer)
+        return ResponseScores(tokenizer, self.bleu_tokens)
 
 
 def last_turns(talk: Sequence[list[int]], between: list[int], room: int) -> list[int]:
@@ -64,30 +67,28 @@ def last_turns(talk: Sequence[list[int]], between: list[int], room: int) -> list
     return kept
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
+def distinct(texts: Sequence[str], n: int, tokens: BleuTokens = "13a") -> float:
     """Distinct n-grams of words in all texts, by the words in all texts (Li et al. 2016)."""
-    words = [text.split() for text in texts]
-    grams = {tuple(one[i : i + n]) for one in words for i in range(len(one) - n + 1)}
-    return len(grams) / max(1, sum(map(len, words)))
+    found = [words(text, tokens) for text in texts]
+    grams = {tuple(one[i : i + n]) for one in found for i in range(len(one) - n + 1)}
+    return len(grams) / max(1, sum(map(len, found)))
 
 
 class ResponseScores(TextScores):
     """bleu in 0..100 with sacrebleu's settings; distinct1 and distinct2 in 0..1."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        from sacrebleu.metrics import BLEU
-
+    def __init__(self, tokenizer: Any, bleu_tokens: BleuTokens = "13a") -> None:
         super().__init__(tokenizer)
-        self._bleu = BLEU()
+        self._bleu = bleu(bleu_tokens)
+        self._words: BleuTokens = bleu_tokens
 
-    def compute(self) -> dict[str, float]:
+    def compared(self) -> dict[str, float]:
         return {
             "bleu": self._bleu.corpus_score(self.written, self.streams).score,
-            "distinct1": distinct(self.written, 1),
-            "distinct2": distinct(self.written, 2),
-            **super().compute(),
+            "distinct1": distinct(self.written, 1, self._words),
+            "distinct2": distinct(self.written, 2, self._words),
         }
 
     def report(self) -> dict[str, Any]:
-        """sacrebleu's own words for what `compute` did."""
+        """sacrebleu's own words for what `compared` did."""
         return {"signatures": {"bleu": str(self._bleu.get_signature())}}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from niwaki.errors import ConfigError
 from niwaki.task.heads.head import Head, head_of
-from niwaki.task.task import Batch, Rows, Task
+from niwaki.task.task import Batch, Rows, Task, reached
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +93,8 @@ class Headed(Task):
         return self.chosen.conflict(recipe)
 
     def modules(self) -> list[str]:
-        return [*super().modules(), *(kind.__module__ for kind in type(self.chosen).__mro__ if issubclass(kind, Head))]
+        own = (kind.__module__ for kind in type(self.chosen).__mro__ if issubclass(kind, Head))
+        return reached([*super().modules(), *own])
 
     def begin(self, model: Any, corpus: Corpus) -> None:
         self.chosen.begin(model, corpus)

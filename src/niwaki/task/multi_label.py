@@ -14,7 +14,7 @@ from torch.nn import functional
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.task import Batch, Rows, Scores, Task, alike, pad
 from niwaki.task.texts import batch_of, columns_of, tokenized
 
 
@@ -76,7 +76,7 @@ class MultiLabel(Task):
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        for part in batched(rows):
+        for part in alike(rows):
             batch = batch_of(tokenized(columns_of(part), tokenizer, self.max_length), tokenizer, model.device)
             for row, chances in zip(part, model(**self.inputs(batch)).logits.float().sigmoid().tolist(), strict=True):
                 spread = {label: round(chance, 4) for label, chance in zip(labels, chances, strict=True)}

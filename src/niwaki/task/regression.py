@@ -15,7 +15,7 @@ from torch.nn import functional
 from niwaki.data.columns import check_number
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
-from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.task import Batch, Rows, Scores, Task, alike, pad
 from niwaki.task.texts import batch_of, columns_of, tokenized
 
 
@@ -62,7 +62,7 @@ class Regression(Task):
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
-        for part in batched(rows):
+        for part in alike(rows):
             batch = batch_of(tokenized(columns_of(part), tokenizer, self.max_length), tokenizer, model.device)
             found = model(**self.inputs(batch)).logits.float().squeeze(-1).tolist()
             for row, score in zip(part, found, strict=True):

@@ -93,18 +93,12 @@ def settings_of(task: TextToText, num_beams: int) -> dict[str, Any]:
     return plain | {name: value for name, value in asked.items() if value is not None}
 
 
-def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0) -> Change:
-    """A change of scores after which the likeliest token is one that was drawn (the Gumbel-max trick: argmax of log p +
-    noise has the distribution p). The noise of a row comes from the task's seed, its source and `number` alone, so
-    neither the batch nor the order of rows makes a difference."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
-    values = {name: getattr(task, name) for name in OF_DRAWS}
-    # transformers refuses a temperature that is no float, and one of 1.0 changes nothing.
-    warpers = [
-        kinds[name](float(value) if name != "top_k" else value) for name, value in values.items() if value is not None
-    ]
+def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0, own: Any = None) -> Change:
+    """A change of scores after which one token is left, drawn by its chance: of those that the settings leave, in the
+    order of the vocabulary, the first up to which the chances add to more than a number in 0..1. `own`: the model's
+    generation_config. The numbers of a row come from the task's seed, its source and `number` alone, so neither the
+    batch nor the order of rows makes a difference."""
+    warpers = warpers_of(task, own)
     seeds = [seed_of(task.seed, source.tolist(), number) for source in sources]
 
     def make(rows: Sequence[int], begin: int) -> Processor:
@@ -113,13 +107,35 @@ def draw(task: TextToText, sources: Sequence[Tensor], number: int = 0) -> Change
         def change(ids: Tensor, scores: Tensor) -> Tensor:
             for warper in warpers:
                 scores = warper(ids, scores)
-            uniform = torch.stack([torch.rand(scores.shape[1], generator=one, dtype=torch.float64) for one in dice])
-            noise = -(-uniform.clamp_min(1e-300).log()).log()
-            return scores + noise.to(scores.device, scores.dtype)
+            sums = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+            uniform = torch.stack([torch.rand(1, generator=one, dtype=torch.float64) for one in dice])
+            drawn = torch.searchsorted(sums, uniform.to(sums.device) * sums[:, -1:], right=True)
+            return torch.full_like(scores, -torch.inf).scatter(1, drawn.clamp(max=scores.shape[1] - 1), 0.0)
 
         return change
 
     return make
+
+
+def warpers_of(task: TextToText, own: Any) -> list[Processor]:
+    """What takes tokens out of a draw: by the settings of the task, and of the model where that has none.
+
+    Raises:
+        ConfigError: the model has one with which nothing can be drawn.
+    """
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    found = []
+    for name in OF_DRAWS:
+        value = getattr(task, name) if getattr(task, name) is not None else getattr(own, name, None)
+        if value is None or value == off[name]:
+            continue
+        if value <= 0:
+            raise ConfigError(f"the model's generation_config has {name}={value}: nothing is drawn so; set task.{name}")
+        found.append(kinds[name](value if name == "top_k" else float(value)))  # transformers takes floats alone
+    return found
 
 
 def seed_of(*parts: Any) -> int:

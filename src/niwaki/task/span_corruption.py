@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.causal_lm import DOCUMENTS_AT_ONCE, documents
+from niwaki.task.kept import kept
 from niwaki.task.layout import CROSSED, end_of
 from niwaki.task.masked_lm import dice_of
 from niwaki.task.search import Search
@@ -166,17 +168,21 @@ def sentinels_of(tokenizer: Any, least: int) -> list[int]:
     Raises:
         ConfigError: there are fewer than `least`.
     """
-    vocabulary = tokenizer.get_vocab()
-    found: list[int] = []
-    while (token := SENTINEL.format(len(found))) in vocabulary:
-        found.append(vocabulary[token])
+    found = sentinels(tokenizer)
     if len(found) < least:
         raise ConfigError(
             f"task=span_corruption: the tokenizer of {tokenizer.name_or_path or 'the model'!r} has {len(found)} "
             f"sentinels <extra_id_..>, and a block needs {least}; needs a model such as T5, which has 100, or a lower "
             "task.max_length"
         )
-    return found
+    return list(found)
+
+
+@kept
+def sentinels(tokenizer: Any) -> tuple[int, ...]:
+    """All that the tokenizer knows."""
+    numbers = (tokenizer.convert_tokens_to_ids(SENTINEL.format(number)) for number in count())
+    return tuple(takewhile(lambda one: one is not None and one != tokenizer.unk_token_id, numbers))
 
 
 def segments(items: int, count: int, dice: np.random.Generator) -> list[int]:

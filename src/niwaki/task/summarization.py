@@ -33,16 +33,15 @@ class SummaryScores(TextScores):
         super().__init__(tokenizer)
         self._words = rouge_words
 
-    def compute(self) -> dict[str, float]:
+    def compared(self) -> dict[str, float]:
         lengths = [len(text.split()) for text in self.written]
         return {
             **rouge(self.written, self.references, self._words),
             "words": sum(lengths) / len(lengths),
-            **super().compute(),
         }
 
     def report(self) -> dict[str, Any]:
-        """What `compute` did."""
+        """What `compared` did."""
         stems = ", stems" if self._words == "english" else ""
         several = max(map(len, self.references))
         return {

@@ -14,7 +14,9 @@ from torch import Tensor
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.model.text import end_tokens
+from niwaki.task.bleu import BleuTokens, bleu
 from niwaki.task.constraint import one_of, with_all
+from niwaki.task.kept import kept
 from niwaki.task.layout import filled, layout_for, layout_of
 from niwaki.task.rouge import Words, rouge
 from niwaki.task.search import Change, Search
@@ -37,9 +39,10 @@ class TableToText(TextToText):
     needs: ClassVar[Needs] = Needs(required=("source", "target"), optional=("references", "attribute"))
     metric: ClassVar[str] = "bleu"
     paper: ClassVar[str] = "Novikova et al. 2017, arXiv:1706.09254"
-    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words", "choices")
+    unread: ClassVar[tuple[str, ...]] = (*TextToText.unread, "rouge_words", "bleu_tokens", "choices")
 
     rouge_words: Words = "english"
+    bleu_tokens: BleuTokens = "13a"
     must_contain: Sequence[str] | None = None
     choices: Sequence[str] | None = None
 
@@ -84,19 +87,14 @@ class TableToText(TextToText):
         if self.must_contain is not None:
             batch["values"] = boxed([row["values"] for row in features])
         if self.choices is not None:
-            known = layout_for(tokenizer).targets(list(self.choices), tokenizer, self.max_target_length + 1)
-            for text, tokens in zip(self.choices, known, strict=True):
-                if len(tokens) > self.max_target_length:
-                    raise ConfigError(
-                        f"task.choices: {text[:40]!r} is longer than task.max_target_length={self.max_target_length}"
-                    )
-            batch["choices"] = filled(known, IGNORED).expand(len(features), -1, -1).contiguous()
+            known = tokens_of(tokenizer, tuple(self.choices), self.max_target_length)
+            batch["choices"] = known.expand(len(features), -1, -1).contiguous()
         return batch
 
     def _search(self, model: Any, batch: Batch, num_beams: int, *changes: Change) -> Search:
         ends = frozenset([*end_tokens(model).tolist(), *(batch["ends"].tolist() if "ends" in batch else [])])
         if "choices" in batch:
-            changes = (one_of(batch["choices"], ends), *changes)
+            changes = (one_of(batch["choices"][0], ends), *changes)
         if "values" in batch:
             changes = (with_all(batch["values"], ends, self.max_target_length), *changes)
         return super()._search(model, batch, num_beams, *changes)
@@ -112,7 +110,21 @@ class TableToText(TextToText):
         scores.join(tables, batch["reference"])
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores:
-        return TableScores(tokenizer, self.rouge_words)
+        return TableScores(tokenizer, self.rouge_words, self.bleu_tokens)
+
+
+@kept
+def tokens_of(tokenizer: Any, choices: tuple[str, ...], most: int) -> Tensor:
+    """(texts, tokens), IGNORED behind each.
+
+    Raises:
+        ConfigError: one has more than `most` tokens.
+    """
+    found = layout_for(tokenizer).targets(choices, tokenizer, most + 1)
+    for text, tokens in zip(choices, found, strict=True):
+        if len(tokens) > most:
+            raise ConfigError(f"task.choices: {text[:40]!r} is longer than task.max_target_length={most}")
+    return filled(found, IGNORED)
 
 
 def boxed(rows: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Tensor:
@@ -131,11 +143,9 @@ class TableScores(TextScores):
     """bleu in 0..100 with sacrebleu's settings (the challenge's own script splits words a little otherwise) and rougeL,
     the best of all references; tables: how many there are."""
 
-    def __init__(self, tokenizer: Any, rouge_words: Words) -> None:
-        from sacrebleu.metrics import BLEU
-
+    def __init__(self, tokenizer: Any, rouge_words: Words, bleu_tokens: BleuTokens = "13a") -> None:
         super().__init__(tokenizer)
-        self._bleu = BLEU()
+        self._bleu = bleu(bleu_tokens)
         self._words = rouge_words
         self._places: dict[tuple[int, ...], int] = {}
 
@@ -157,14 +167,13 @@ class TableScores(TextScores):
             known = self.references[self._places[table]]
             known += [text for text in texts if text not in known]
 
-    def compute(self) -> dict[str, float]:
+    def compared(self) -> dict[str, float]:
         return {
             "bleu": self._bleu.corpus_score(self.written, self.streams).score,
             **rouge(self.written, self.references, self._words, ("rougeL",)),
             "tables": float(len(self.written)),
-            **super().compute(),
         }
 
     def report(self) -> dict[str, Any]:
-        """sacrebleu's own words for what `compute` did."""
+        """sacrebleu's own words for what `compared` did."""
         return {"signatures": {"bleu": str(self._bleu.get_signature())}}

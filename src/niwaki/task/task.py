@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 STARTS = ("epochs", "lr", "batch_size")  # settings of a task that others take up
 IGNORED = -100  # the label of a position that does not count
+OF_TASKS = __name__.removesuffix("task")  # where their modules stand
 UNKNOWN = -1  # of one that counts, in a row without an answer: a teacher says what it is
 Batch = Mapping[str, Tensor]
 Rows = dict[str, list[Any]]
@@ -124,7 +128,7 @@ class Task(abc.ABC):
 
     def modules(self) -> list[str]:
         """The modules whose code decides what becomes of a text."""
-        return [kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Task)]
+        return reached(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Task))
 
     def conflict(self, recipe: Recipe) -> str | None:
         """The reason why this task cannot be part of such a run, or None."""
@@ -254,11 +258,26 @@ class Task(abc.ABC):
         """Let a model do a batch, and gather how well it did."""
         scores.update(model(**self.inputs(batch)), batch)
 
+    def watch(self, scores: Scores, model: Any, batch: Batch) -> None:
+        """`score`, as far as the score to watch needs it: what is done at each validation of a fit."""
+        self.score(scores, model, batch)
+
     @abc.abstractmethod
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         """What the model says of rows with the asked columns of `needs`, one readable dictionary each, in order."""
+
+
+def reached(modules: Iterable[str]) -> list[str]:
+    """Modules, those of tasks that they import something from, and so on."""
+    found = list(dict.fromkeys(modules))
+    for name in found:
+        for value in vars(sys.modules[name]).values():
+            other = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            if isinstance(other, str) and other.startswith(OF_TASKS) and other not in found:
+                found.append(other)
+    return found
 
 
 def pad(features: list[dict[str, Any]], tokenizer: Any, *, labels: bool = False) -> dict[str, Tensor]:
@@ -297,3 +316,10 @@ def batched(rows: Sequence[Any], size: int = 32) -> Iterator[Sequence[Any]]:
     """`rows` in pieces of `size`."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def alike(rows: Sequence[Mapping[str, Any]], size: int = 32) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """`rows` in pieces of `size` at most, in order, each of rows with the same columns: one that lacks an optional
+    column is read without it."""
+    for _, some in groupby(rows, key=frozenset):
+        yield from batched(list(some), size)

@@ -17,7 +17,7 @@ from niwaki.errors import ConfigError, DataError
 from niwaki.task import search
 from niwaki.task.layout import filled, layout_for, layout_of
 from niwaki.task.search import Search
-from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, batched
+from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, alike
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -30,9 +30,9 @@ class TextToText(Task):
     """-log p(target | source), the mean over the tokens of the targets; the answers are what a search finds, or a draw.
 
     `max_length` and `max_target_length`: tokens of a source, with what stands around it, and of a target, the longest
-    answer included. `prefix` stands before every source, as T5 was trained with. A model without an encoder reads its
-    bos token (else its end token), the source, `separator` and the target, which its end token ends; null is a line
-    break, or the end token where the tokenizer knows none.
+    answer included. `prefix` stands before every source, as T5 was trained with; {{ in it is a brace. A model without
+    an encoder reads its bos token (else its end token), the source, `separator` and the target, which its end token
+    ends; null is a line break, or the end token where the tokenizer knows none.
 
     `num_beams`: of the search, 1 takes the likeliest token each time. `do_sample` draws each token instead, at
     `temperature`, of the `top_k` likeliest or the likeliest that hold `top_p` of all (Holtzman et al. 2020), by `seed`.
@@ -69,10 +69,9 @@ class TextToText(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         search.check(self)
+        known = [one for one in self.needs.asking.optional if one not in ("id", *self.needs.hints)]
         for name in fields_of(self.prefix):
-            readable = [one for one in self.needs.asking.optional if one not in self.needs.hints]
-            if name not in readable:
-                known = [one for one in readable if one not in ("id",)]
+            if name not in known:
                 raise ConfigError(
                     f"task.prefix={self.prefix!r}: {name!r} is no column that may be named there; needs a text"
                     + (f" with {{{known[0]}}} at most" if known else " without braces")
@@ -137,15 +136,17 @@ class TextToText(Task):
 
     def _sources(self, rows: Rows) -> list[str]:
         """Each source with its prefix."""
-        if not fields_of(self.prefix):
-            return [self.prefix + text for text in rows["source"]]
-        try:
-            return [
-                self.prefix.format(**{name: rows[name][number] for name in fields_of(self.prefix)}) + text
-                for number, text in enumerate(rows["source"])
-            ]
-        except KeyError as missing:
-            raise DataError(f"task.prefix={self.prefix!r}: the rows have no column {missing}") from None
+        names = fields_of(self.prefix)
+        for name in names:
+            if name not in rows:
+                raise DataError(f"task.prefix={self.prefix!r}: the rows have no column {name!r}")
+            if None in rows[name]:
+                text = rows["source"][rows[name].index(None)]
+                raise DataError(f"task.prefix={self.prefix!r}: the row with source {text[:40]!r} has no {name!r}")
+        return [
+            self.prefix.format(**{name: rows[name][number] for name in names}) + text
+            for number, text in enumerate(rows["source"])
+        ]
 
     def _right(self, rows: Rows) -> list[list[str]]:
         """For each row the texts of which any would be right."""
@@ -185,7 +186,7 @@ class TextToText(Task):
         if not self.do_sample:
             return self.write(model, batch, num_beams=self.num_beams)
         layout = layout_of(batch)
-        drawn = search.draw(self, layout.sources(batch), number)
+        drawn = search.draw(self, layout.sources(batch), number, model.generation_config)
         return layout.write(model, batch, self._search(model, batch, 1, drawn))
 
     def retold(self, batch: Batch, written: Tensor) -> dict[str, Tensor]:
@@ -195,6 +196,12 @@ class TextToText(Task):
         super().score(scores, model, batch)
         assert isinstance(scores, TextScores)
         scores.compare(self.answered(model, batch), batch["reference"])
+
+    def watch(self, scores: Scores, model: Any, batch: Batch) -> None:
+        if self.metric == "perplexity":  # for which nothing needs to be written
+            super().score(scores, model, batch)
+        else:
+            self.score(scores, model, batch)
 
     @abc.abstractmethod
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> TextScores: ...
@@ -210,7 +217,7 @@ class TextToText(Task):
         self, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[dict[str, Tensor], Sequence[Mapping[str, Any]]]]:
         """Batches of rows that are to be answered, with the rows."""
-        for part in batched(rows):
+        for part in alike(rows):
             columns = {name: [row[name] for row in part] for name in part[0]}
             given = self._given(columns, tokenizer)
             features = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
@@ -218,11 +225,15 @@ class TextToText(Task):
 
 
 def fields_of(text: str) -> list[str]:
-    """The names in braces of a text."""
+    """The names in braces of a text, {{ and }} for braces themselves."""
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        found = [(name, spec, way) for _, name, spec, way in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         raise ConfigError(f"task.prefix={text!r}: {error}; write {{{{ for a brace") from None
+    for name, spec, way in found:
+        if spec or way:
+            raise ConfigError(f"task.prefix={text!r}: needs a name alone between braces, such as {{{name}}}")
+    return [name for name, _, _ in found]
 
 
 def texts_of(tokens: Tensor, tokenizer: Any) -> list[str]:
@@ -253,6 +264,13 @@ class TextScores(LikelihoodScores):
         """Take what was written, tokens (rows, tokens), and the references as bytes of UTF-8 (rows, bytes)."""
         self.written += texts_of(written, self._tokenizer)
         self.references += references_of(references)
+
+    def compute(self) -> dict[str, float]:
+        return {**(self.compared() if self.written else {}), **super().compute()}
+
+    def compared(self) -> dict[str, float]:
+        """The scores of what was written."""
+        return {}
 
     @property
     def streams(self) -> list[Any]:
