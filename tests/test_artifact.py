@@ -72,7 +72,7 @@ def test_hugging_face_reads_the_folder(
 ) -> None:
     one = setting(family, task)
     save(one, tmp_path / "model", form)
-    model = getattr(transformers, one.task.auto_class).from_pretrained(tmp_path / "model")
+    model = getattr(transformers, one.task.auto_class_of(one.model.config)).from_pretrained(tmp_path / "model")
     assert torch.equal(one.logits(model), one.logits())
     if one.labels:
         assert model.config.id2label == dict(enumerate(one.labels))

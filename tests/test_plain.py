@@ -55,7 +55,9 @@ def test_from_pretrained_reads_what_was_unpacked(
     place = saved(one, tmp_path / "model", Magnitude(pattern="1:4"), *integers)
     assert (place / artifact.COMPACT).is_file()
     folder = plain.unpack(place, tmp_path / "plain")
-    model, report = getattr(transformers, one.task.auto_class).from_pretrained(folder, output_loading_info=True)
+    model, report = getattr(transformers, one.task.auto_class_of(one.model.config)).from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     torch.testing.assert_close(one.logits(model), one.logits(), rtol=0, atol=1e-6 if bits else 0)

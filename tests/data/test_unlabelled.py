@@ -188,8 +188,8 @@ def test_without_effect_it_is_refused_before_anything_is_read() -> None:
     assert refused() == plain
     assert refused("compression=[prune/magnitude,prune/cofi]") == plain
     assert refused("task=causal_lm", "model=tiny-llama", "compression=distill/logits", teacher) == (
-        "data.unlabelled=none.jsonl: is for tasks that give labels, classification and ner; task=causal_lm reads whole "
-        "training rows"
+        "data.unlabelled=none.jsonl: is for tasks whose answer a teacher can say, labels or a number; task=causal_lm "
+        "reads whole training rows"
     )
     compose.build(compose.compose([unlabelled, "compression=prune/cofi", "compression.cofi.teacher=x"]).config)
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused_in_one_line(setting: Callable[..., Any], tmp_
     with pytest.raises(ConfigError, match=r"^export\.onnx\.cache=false: task=translation goes by .*; needs true$"):
         Onnx(cache=False).check(one.task, anatomy)
     for export in (OnnxInt8(), TorchExport()):
-        with pytest.raises(ConfigError, match=r"^export=.*: task=translation writes texts by an encoder and a decoder"):
+        with pytest.raises(ConfigError, match=r"^export=.*: task=translation writes texts by a decoder with a cache"):
             export.check(one.task, anatomy)
     HuggingFace().check(one.task, anatomy)
 

@@ -129,8 +129,8 @@ def test_an_end_token_of_the_tokenizer_ends_a_text() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     model, _ = tiny("llama", task())
-    with pytest.raises(ConfigError, match=r"max_length=400 and max_target_length=200: a decoder reads both in a row"):
-        task(max_length=400, max_target_length=200).check(Anatomy.of(model))
+    with pytest.raises(ConfigError, match=r"max_length=1900 and max_target_length=200: a decoder reads both in a row"):
+        task(max_length=1900, max_target_length=200).check(Anatomy.of(model))
     with pytest.raises(ConfigError, match="what stands around a source takes all of it"):
         features(task(max_length=4, separator="====="), Tiny(name="llama").tokenizer(), ROWS)
     with pytest.raises(ConfigError, match="'some/model' has no end token"):

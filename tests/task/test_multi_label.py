@@ -47,6 +47,8 @@ def test_scores_by_hand() -> None:
     assert found["micro_f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))  # 3 right, 1 too many, 1 missed
     assert found["macro_f1"] == pytest.approx((2 * 2 / (4 + 1) + 2 / (2 + 1)) / 2)
     assert found["exact_match"] == pytest.approx(3 / 4)
+    # a: two true among three alike, 2/3; b: its one guess is right, then one of three alike: (1 + 2 / 4) / 2
+    assert found["average_precision"] == pytest.approx((2 / 3 + 3 / 4) / 2)
     assert table["per_class"]["a"] == {
         "precision": pytest.approx(2 / 3),
         "recall": 1.0,
@@ -73,3 +75,11 @@ def test_answers_hold_the_labels_above_the_threshold(setting: Callable[..., Any]
 def test_a_threshold_is_between_no_and_yes(threshold: float) -> None:
     with pytest.raises(ConfigError, match=r"^task\.threshold="):
         MultiLabel(threshold=threshold)
+
+
+def test_a_label_that_no_row_has_is_not_ranked() -> None:
+    scores = MultiLabel().scores(("a", "b"))
+    scores.update(
+        SimpleNamespace(logits=torch.tensor([[1.0, 2.0], [0.0, 3.0]])), {"labels": torch.tensor([[1, 0], [0, 0]])}
+    )
+    assert scores.compute()["average_precision"] == 1.0

@@ -81,7 +81,7 @@ def test_peft_reads_the_folder_and_says_the_same(
     setting: Callable[..., Any], tmp_path: Path, family: str, task: str
 ) -> None:
     one = tuned(setting(family, task), tmp_path / "model")
-    base = getattr(transformers, one.task.auto_class).from_pretrained(tmp_path / "model")
+    base = getattr(transformers, one.task.auto_class_of(one.model.config)).from_pretrained(tmp_path / "model")
     assert torch.equal(one.logits(base), setting(family, task).logits())
     read = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
     assert float((one.logits(read) - one.logits()).abs().max()) <= 1e-6
@@ -170,7 +170,7 @@ def test_every_tuning_of_peft_stays_beside_its_base(
     before = one.logits()
     save(one, tmp_path / "model", tuning.finalize(one.model, context), base_config)
     assert torch.equal(one.logits(artifact.load(tmp_path / "model").model), before)
-    base = getattr(transformers, one.task.auto_class).from_pretrained(tmp_path / "model")
+    base = getattr(transformers, one.task.auto_class_of(one.model.config)).from_pretrained(tmp_path / "model")
     read = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
     assert float((one.logits(read) - before).abs().max()) <= 1e-6
 

@@ -86,11 +86,12 @@ class MultiLabel(Task):
 
 class LabelScores(Scores):
     """micro_f1 over all decisions, macro_f1 over labels, exact_match (rows without any wrong decision), and
-    average_precision (macro), which needs no threshold; from torchmetrics. Precision, recall, F1 of every label."""
+    average_precision (macro, over labels that some row has), which needs no threshold. Precision, recall, F1 of every
+    label."""
 
     def __init__(self, labels: Sequence[str], threshold: float) -> None:
         from torchmetrics import MetricCollection
-        from torchmetrics.classification import MultilabelAveragePrecision, MultilabelExactMatch, MultilabelF1Score
+        from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 
         count = len(labels)
         self._labels = list(labels)
@@ -102,7 +103,6 @@ class LabelScores(Scores):
                 "micro_f1": MultilabelF1Score(count, threshold=threshold, average="micro"),
                 "macro_f1": MultilabelF1Score(count, threshold=threshold, average="macro"),
                 "exact_match": MultilabelExactMatch(count, threshold=threshold),
-                "average_precision": MultilabelAveragePrecision(count),
             },
             compute_groups=False,
         )
@@ -112,10 +112,15 @@ class LabelScores(Scores):
         self._true.append(batch["labels"].cpu())
 
     def compute(self) -> dict[str, float]:
+        from sklearn.metrics import average_precision_score
+
         logits, true = torch.cat(self._found), torch.cat(self._true)
         found = self._metrics(logits.sigmoid(), true)
+        there = true.any(0)  # of a label that no row has, nothing can be ranked first
+        ranked = average_precision_score(true[:, there], logits[:, there]) if there.any() else 0.0
         loss = functional.binary_cross_entropy_with_logits(logits, true.float())
-        return {**{name: float(value) for name, value in found.items()}, "loss": float(loss)}
+        others = {"average_precision": float(ranked), "loss": float(loss)}
+        return {name: float(value) for name, value in found.items()} | others
 
     def report(self) -> dict[str, Any]:
         from sklearn.metrics import precision_recall_fscore_support

@@ -33,7 +33,7 @@ def theirs(setting: Callable[..., Any], tmp_path: Path) -> Callable[[str], tuple
 
     def make(task: str) -> tuple[Any, Path]:
         one = setting("gpt2", task)
-        one.model = getattr(transformers, one.task.auto_class).from_config(one.model.config).eval()
+        one.model = getattr(transformers, one.task.auto_class_of(one.model.config)).from_config(one.model.config).eval()
         one.model.save_pretrained(tmp_path / "theirs")
         one.tokenizer.save_pretrained(tmp_path / "theirs")
         return one, tmp_path / "theirs"
@@ -92,7 +92,7 @@ def test_transformers_reads_what_a_tuned_and_pruned_run_leaves(
     assert not torch.allclose(expected, before, atol=1e-3)
     assert torch.equal(one.logits(artifact.load(saved).model), expected)
     assert {name: tensor.shape for name, tensor in load_file(saved / "model.safetensors").items()} == shapes
-    plain = getattr(transformers, one.task.auto_class).from_pretrained(saved)
+    plain = getattr(transformers, one.task.auto_class_of(one.model.config)).from_pretrained(saved)
     assert isinstance(plain.get_submodule(SQUARE), Conv1D)
     assert torch.allclose(one.logits(plain), expected, atol=1e-6, rtol=0)
     assert all(
