@@ -17,6 +17,7 @@ EXPERIMENTS = [name.split("/", 1)[1] for name in FILES if name.startswith("exper
 NEEDED = {
     "data/files": ["data.train=rows.jsonl"],
     "data/hub": ["data.path=ag_news"],
+    "data/hub/humaneval": ["task=code_generation"],
     "model/pretrained": ["model.name=some/model"],
     "experiment/multi_teacher": ["compression.logits.teacher=one", "compression.logits.more_teachers=[two]"],
     "experiment/tinybert_answers": ["model.name=some/model", "compression.logits.teacher=some/teacher"],

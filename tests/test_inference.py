@@ -3,6 +3,8 @@ import pytest
 from niwaki import artifact, inference
 from niwaki.data.source import Needs
 from niwaki.errors import DataError
+from niwaki.task.multi_label import MultiLabel
+from niwaki.task.ner import NER
 
 
 class Echo:
@@ -70,12 +72,16 @@ def test_labels_inside_lists_are_checked_too(tmp_path):
     file = tmp_path / "tags.conll"
     file.write_text("ada B-PER\nmet O\n\nkyoto B-LOC\n")
     rows = inference.WholeFile(train=str(file)).rows(Needs(required=("tokens", "tags")))
-    inference.check_labels(rows, ("B-LOC", "B-PER", "O"), "f")
+    inference.check_labels(rows, ("B-LOC", "B-PER", "O"), "f", NER())
     with pytest.raises(
         DataError, match=r"f row 2: tags 'B-LOC' is none of the 2 that the artifact knows; the nearest is"
     ):
-        inference.check_labels(rows, ("B-PER", "O"), "f")
-    inference.check_labels(rows, (), "f")
+        inference.check_labels(rows, ("B-PER", "O"), "f", NER())
+    inference.check_labels(rows, (), "f", NER())
+    bioes = NER(scheme="bioes")
+    inference.check_labels(
+        rows, tuple(sorted({tag for row in rows["tags"][:] for tag in bioes.read_as("tags", row)})), "f", bioes
+    )
 
 
 PLAIN = Needs(required=("text", "label"), optional=("text_pair",)).asking
@@ -152,9 +158,9 @@ def test_several_labels_of_a_row_are_checked(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a", "labels": []}\n{"text": "b", "labels": ["joy", "awee"]}\n')
     rows = inference.WholeFile(train=str(file)).rows(Needs(required=("text", "labels")))
-    inference.check_labels(rows, ("awee", "joy"), "f")
+    inference.check_labels(rows, ("awee", "joy"), "f", MultiLabel())
     with pytest.raises(DataError, match=r"f row 2: labels 'awee' is none of the 2 .*; the nearest is 'awe'"):
-        inference.check_labels(rows, ("awe", "joy"), "f")
+        inference.check_labels(rows, ("awe", "joy"), "f", MultiLabel())
 
 
 def test_what_a_row_is_called_is_no_part_of_what_was_trained_on():

@@ -118,7 +118,7 @@ def test_what_is_hidden_stands_elsewhere_in_other_tokens() -> None:
         ConfigError, match=r"^distill/cross_vocabulary: what is hidden from the student stands elsewhere"
     ):
         look(recipe_of("masked_lm", "rows.txt", *settings))
-    look(recipe_of("ner", "rows.conll", *settings))
+    look(recipe_of("ner", "rows.conll", "task.overlap=null", *settings))
 
 
 def test_a_block_in_other_tokens_is_the_same_text() -> None:
@@ -143,7 +143,7 @@ def test_rows_are_read_one_for_one(tmp_path: Path, task: str) -> None:
     features = [dict(zip(alone, values, strict=True)) for values in zip(*alone.values(), strict=True)]
     expected = recipe.task.collate(features, other)
     assert read.keys() == expected.keys()
-    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert all(torch.equal(read[name], expected[name]) for name in expected if name != "sentence")
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
