@@ -98,7 +98,9 @@ def test_demonstrations_are_part_of_the_artifact(recipe: Callable[..., Any], tmp
     saved = artifact.load(tmp_path / "model")
     assert len(saved.model.words.prefix) > 40
     assert metrics["parity"] == 0
-    assert Anatomy.of(saved.model).positions == saved.model.config.max_position_embeddings - len(saved.model.words.prefix)
+    assert Anatomy.of(saved.model).positions == saved.model.config.max_position_embeddings - len(
+        saved.model.words.prefix
+    )
     (answer,) = answers(saved, [{"text": "blue"}], 1)
     assert answer["label"] in saved.labels
 
