@@ -15,6 +15,7 @@ from niwaki.data.columns import check_index
 from niwaki.data.source import Needs
 from niwaki.task.some import NEVER, cross_entropy
 from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.texts import rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class MultipleChoice(Task):
             encoded = self.encode(
                 {name: [row[name] for row in part] for name in ("question", "choices")}, tokenizer, ()
             )
-            features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            features = rows_of(encoded)
             batch = {name: value.to(model.device) for name, value in self.collate(features, tokenizer).items()}
             found = self.predictions(model(**self.inputs(batch)), batch).float().softmax(-1)
             for row, chances in zip(part, found, strict=True):

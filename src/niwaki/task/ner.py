@@ -19,6 +19,7 @@ from niwaki.data.readers.conll import iob2, wrong_tag
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
 from niwaki.task.task import IGNORED, UNKNOWN, Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.texts import rows_of
 
 if TYPE_CHECKING:
     from niwaki.recipe import Recipe
@@ -141,7 +142,7 @@ class NER(Task):
             spans = [[match.span() for match in WORD.finditer(row["text"])] or [(0, 0)] for row in part]
             words = [[row["text"][a:b] for a, b in places] for row, places in zip(part, spans, strict=True)]
             encoded = self.encode({"tokens": words}, tokenizer, labels)
-            features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            features = rows_of(encoded)
             found: list[dict[int, tuple[str, float]]] = [{} for _ in part]
             for some in batched(features):
                 batch = {k: v.to(model.device) for k, v in self.collate(list(some), tokenizer).items()}

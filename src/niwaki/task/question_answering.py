@@ -17,6 +17,7 @@ from niwaki.errors import ConfigError, DataError
 from niwaki.task.some import NEVER, cross_entropy
 from niwaki.task.spans import Best, Span, chinese, english, spans_of
 from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
+from niwaki.task.texts import rows_of
 
 if TYPE_CHECKING:
     from niwaki.recipe import Recipe
@@ -166,7 +167,7 @@ class QuestionAnswering(Task):
             encoded = self.encode(
                 {name: [row[name] for row in part] for name in ("context", "question")}, tokenizer, ()
             )
-            features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            features = rows_of(encoded)
             best = [Best(self.best) for _ in part]
             for some in batched(features):
                 batch = {name: value.to(model.device) for name, value in self.collate(list(some), tokenizer).items()}

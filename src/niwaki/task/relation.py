@@ -15,7 +15,7 @@ from niwaki.data.columns import check_marked, labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError, nearest
 from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
-from niwaki.task.texts import columns_of
+from niwaki.task.texts import columns_of, rows_of
 
 MARKS = re.compile(r"(<e1>|</e1>|<e2>|</e2>)")
 DIRECTED = re.compile(r"(.+)\((e1,e2|e2,e1)\)")
@@ -104,7 +104,7 @@ class Relation(Task):
     ) -> Iterator[dict[str, Any]]:
         for part in batched(rows):
             encoded = self._tokenize(columns_of(part)["text"], tokenizer)
-            features = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+            features = rows_of(encoded)
             batch = {name: value.to(model.device) for name, value in self.collate(features, tokenizer).items()}
             found = self.predictions(model(**self.inputs(batch)), batch).float().softmax(-1)
             for row, chances in zip(part, found, strict=True):

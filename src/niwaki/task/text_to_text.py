@@ -18,6 +18,7 @@ from niwaki.task import search
 from niwaki.task.layout import filled, layout_for, layout_of
 from niwaki.task.search import Search
 from niwaki.task.task import IGNORED, Batch, LikelihoodScores, Rows, Scores, Task, alike
+from niwaki.task.texts import rows_of
 
 if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
@@ -220,7 +221,7 @@ class TextToText(Task):
         for part in alike(rows):
             columns = {name: [row[name] for row in part] for name in part[0]}
             given = self._given(columns, tokenizer)
-            features = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+            features = rows_of(given)
             yield {name: value.to(model.device) for name, value in self.collate(features, tokenizer).items()}, part
 
 

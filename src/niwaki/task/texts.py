@@ -22,11 +22,15 @@ def tokenized(rows: Mapping[str, Sequence[Any]], tokenizer: Any, max_length: int
 
 def batch_of(encoded: Rows, tokenizer: Any, device: Any) -> dict[str, Tensor]:
     """What a model reads of encoded rows, padded, on its device."""
-    columns = {name: values for name, values in encoded.items() if name != "length"}
-    features = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    features = rows_of({name: values for name, values in encoded.items() if name != "length"})
     return {name: value.to(device) for name, value in pad(features, tokenizer).items()}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """Rows as columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns as rows."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

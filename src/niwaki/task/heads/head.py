@@ -13,6 +13,7 @@ from torch import Tensor
 
 from niwaki.errors import ConfigError, nearest
 from niwaki.task.task import Batch, Rows, pad
+from niwaki.task.texts import tokenized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,12 +90,7 @@ class Head(abc.ABC):
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         """Features of texts, or of pairs of texts."""
-        pairs = (rows["text_pair"],) if "text_pair" in rows else ()
-        encoded = dict(tokenizer(rows["text"], *pairs, truncation=True, max_length=self.max_length))
-        encoded.pop("attention_mask", None)
-        if not pairs:
-            encoded.pop("token_type_ids", None)
-        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+        return tokenized(rows, tokenizer, self.max_length)
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Rows of features to one padded batch, without labels."""
