@@ -18,6 +18,8 @@ from niwaki.data.columns import check_words, labels_of
 from niwaki.data.readers.conll import iob2, wrong_tag
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
+from niwaki.stage import Tuning
+from niwaki.task.casing import check_segments, make_room, segments_of
 from niwaki.task.task import IGNORED, UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 from niwaki.task.texts import rows_of
 
@@ -45,6 +47,7 @@ class NER(Task):
     before, and each word is tagged where the shorter of its two sides is longest; with null it is cut, and what was cut
     off counts as tagged O. `scheme`: the tags that are learned, predicted and counted, iob2 or bioes; null: those of
     the data, which become IOB2 when they are read. Entities are read off tags of any scheme as seqeval does.
+    `casing`: a model whose tokens are all in small letters is told which words had capitals, by a segment of their own.
     """
 
     needs: ClassVar[Needs] = Needs(required=("tokens", "tags"), asks=("text",), checks={"tags": check_tags})
@@ -57,6 +60,7 @@ class NER(Task):
     max_length: int = 256
     overlap: float | None = 0.25
     scheme: Literal["iob2", "bioes"] | None = None
+    casing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +78,21 @@ class NER(Task):
                 f"task.overlap={self.overlap} and distill/cross_vocabulary: another vocabulary has other windows; "
                 "needs task.overlap=null"
             )
+        tuning = next((stage.name for stage in recipe.stages if isinstance(stage, Tuning)), "full")
+        if self.casing and tuning not in ("full", "gradual"):
+            return f"task.casing=true and tuning={tuning}: the embedding of capitals would not learn; use tuning=full"
         return super().conflict(recipe)
+
+    def reads_as(self, other: Task) -> bool:
+        return super().reads_as(other) and isinstance(other, NER) and other.casing == self.casing
+
+    def check_config(self, config: Any) -> None:
+        if self.casing:
+            check_segments(config)
+
+    def attach(self, model: Any, labels: Sequence[str]) -> None:
+        if self.casing:
+            make_room(model)
 
     def read_as(self, column: str, value: Any) -> Any:
         return retagged(value, self.scheme) if column == "tags" else value
@@ -99,9 +117,12 @@ class NER(Task):
         seen: dict[int, set[int | None]] = {}
         for row, words in zip(places, firsts, strict=True):
             seen.setdefault(row, set()).update(words)
+        if self.casing:
+            of_words = [segments_of(rows["tokens"][place], encoded.word_ids(i)) for i, place in enumerate(places)]
         begun = [row == 0 or places[row - 1] != place for row, place in enumerate(places)]
         return {
             "input_ids": encoded["input_ids"],
+            **({"token_type_ids": of_words} if self.casing else {}),
             "labels": [
                 [tags[place][word] if word is not None else IGNORED for word in words]
                 for place, words in zip(places, firsts, strict=True)
