@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,12 @@ class Classification(Headed):
     needs: ClassVar[Needs] = Needs(required=("text", "label"), optional=("text_pair",))
     metric: ClassVar[str] = "accuracy"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
+
+    pattern: str | None = None
+    verbalizer: Mapping[str, str] = field(default_factory=dict)
+    against_contradiction: bool | None = None
+    demonstrations: int | None = None
+    calibrate: bool | None = None
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
         labels = tuple(labels_of(dict(splits), "label"))
@@ -54,10 +60,7 @@ class Classification(Headed):
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in alike(rows):
-            encoded = self.features_of(part, tokenizer, labels)
-            features = [{key: values[i] for key, values in encoded.items()} for i in range(len(part))]
-            batch = {k: v.to(model.device) for k, v in super().collate(features, tokenizer).items()}
-            for row, chances in zip(part, model(**self.inputs(batch)).logits.float().softmax(-1), strict=True):
+            for row, chances in zip(part, self.said(model, tokenizer, labels, part).softmax(-1), strict=True):
                 best = int(chances.argmax())
                 spread = {label: round(float(p), 4) for label, p in zip(labels, chances, strict=True)}
                 yield {**row, "label": labels[best], "score": round(float(chances[best]), 4), "scores": spread}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from niwaki.errors import ConfigError
 from niwaki.task.heads.head import Head, head_of
-from niwaki.task.task import Batch, Rows, Task, reached
+from niwaki.task.task import Batch, Task, reached
+from niwaki.task.texts import columns_of, rows_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from niwaki.model.anatomy import Anatomy
     from niwaki.recipe import Recipe
 
-SETTINGS = (
+SETTINGS = (  # of heads, in a task that can have those
     "descriptions", "template", "temperature", "pairs", "pattern", "verbalizer", "against_contradiction",
     "demonstrations", "calibrate",
 )  # fmt: skip
@@ -30,16 +31,13 @@ SETTINGS = (
 class Headed(Task):
     """What becomes of a text, and of the model, is the head's business; what is null here is as the head has it."""
 
+    several: ClassVar[bool] = False  # whether a text may have any number of labels
+
     head: str = "linear"
     descriptions: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
     temperature: float | None = None
     pairs: int | None = None
-    pattern: str | None = None
-    verbalizer: Mapping[str, str] = field(default_factory=dict)
-    against_contradiction: bool | None = None
-    demonstrations: int | None = None
-    calibrate: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +51,8 @@ class Headed(Task):
     @cached_property
     def chosen(self) -> Head:
         """The head. Raises ConfigError for one that there is not, or a setting that it does not have."""
-        return head_of(self.head, self.max_length, {name: getattr(self, name) for name in SETTINGS})
+        settings = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
+        return head_of(self.head, self.max_length, settings, several=self.several)
 
     @property
     def head_learns(self) -> bool:  # type: ignore[override]
@@ -90,7 +89,7 @@ class Headed(Task):
                 f"data.shots=0: {self.chosen.setting} needs training rows; choose a head that does without, "
                 "task.head=label_embedding"
             )
-        return self.chosen.conflict(recipe)
+        return self.chosen.conflict(recipe) or super().conflict(recipe)
 
     def modules(self) -> list[str]:
         own = (kind.__module__ for kind in type(self.chosen).__mro__ if issubclass(kind, Head))
@@ -121,6 +120,9 @@ class Headed(Task):
         own = self.chosen.loss(outputs, batch)
         return super().loss(outputs, batch, smoothing=smoothing) if own is None else own
 
-    def features_of(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, labels: Sequence[str]) -> Rows:
-        """What of raw rows the model reads, by columns."""
-        return self.chosen.encode({key: [row[key] for row in rows] for key in rows[0]}, tokenizer, labels)
+    def said(self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The logits (rows, labels) of raw rows with the same columns."""
+        features = rows_of(self.chosen.encode(columns_of(rows), tokenizer, labels))
+        batch = {name: value.to(model.device) for name, value in self.chosen.collate(features, tokenizer).items()}
+        logits: Tensor = model(**self.inputs(batch)).logits.float()
+        return logits

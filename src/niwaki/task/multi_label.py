@@ -14,19 +14,19 @@ from torch.nn import functional
 from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.task import Batch, Rows, Scores, Task, alike, pad
-from niwaki.task.texts import batch_of, columns_of, tokenized
+from niwaki.task.headed import Headed
+from niwaki.task.task import Batch, Rows, Scores, alike
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiLabel(Task):
-    """p(label | text) = sigmoid(head(pooled text)), binary cross-entropy, the mean over rows and labels. A label
+class MultiLabel(Headed):
+    """p(label | text) = sigmoid(head(text)), binary cross-entropy, the mean over rows and labels. A label
     is given where its chance is above `threshold`."""
 
     needs: ClassVar[Needs] = Needs(required=("text", "labels"), optional=("text_pair",))
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     metric: ClassVar[str] = "micro_f1"
     as_headed: ClassVar[bool] = False
+    several: ClassVar[bool] = True
     unread: ClassVar[tuple[str, ...]] = ("label_smoothing", "threshold")
     paper: ClassVar[str] = "Tsoumakas & Katakis 2007"
 
@@ -44,16 +44,17 @@ class MultiLabel(Task):
                 f"data.train: has the labels {', '.join(labels) or 'of no row'}; multi_label needs two at least; of "
                 "one label task=classification says yes or no"
             )
+        self.chosen.check_labels(labels)
         return labels
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
-        encoded = tokenized(rows, tokenizer, self.max_length)
+        encoded = self.chosen.encode(rows, tokenizer, labels)
         if "labels" in rows:
             encoded["labels"] = [[int(label in given) for label in labels] for given in rows["labels"]]
         return encoded
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        batch = pad(features, tokenizer)
+        batch = super().collate(features, tokenizer)
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in features])
         return batch
@@ -77,8 +78,8 @@ class MultiLabel(Task):
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         for part in alike(rows):
-            batch = batch_of(tokenized(columns_of(part), tokenizer, self.max_length), tokenizer, model.device)
-            for row, chances in zip(part, model(**self.inputs(batch)).logits.float().sigmoid().tolist(), strict=True):
+            said = self.said(model, tokenizer, labels, part).sigmoid().tolist()
+            for row, chances in zip(part, said, strict=True):
                 spread = {label: round(chance, 4) for label, chance in zip(labels, chances, strict=True)}
                 given = [label for label, chance in zip(labels, chances, strict=True) if chance > self.threshold]
                 yield {**row, "labels": given, "scores": spread}

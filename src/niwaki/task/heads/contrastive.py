@@ -44,12 +44,13 @@ class Regression(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Head):
-    """Loss of the fit: mean of (cos(e_i, e_j) - [i and j are of one class])^2 over pairs of training texts.
+    """Loss of the fit: mean of (cos(e_i, e_j) - [i and j are of one class])^2 over pairs of training texts; where
+    a text may have several labels, two that share one are of one class.
 
     In each epoch a text is paired with `pairs` others of its class and with `pairs` of other classes, drawn anew; a
     batch has so many pairs as data.batch_size says. e: the mean of the last states of the text's tokens, of length 1.
     The head is scikit-learn's logistic regression on e of the training texts, fitted before each validation and after
-    the fit.
+    the fit; of several labels one for each, yes against no.
     """
 
     is_new: ClassVar[bool] = False
@@ -122,7 +123,7 @@ class Contrastive(Head):
             second = (of >= 0).nonzero().flatten()
             first = of[second]
         cosine = (embedding[first] * embedding[second]).sum(-1)
-        return functional.mse_loss(cosine, (labels[first] == labels[second]).float())
+        return functional.mse_loss(cosine, of_one_class(labels[first], labels[second]).float())
 
     def begin(self, model: Any, corpus: Corpus) -> None:
         self.refit(model, corpus)
@@ -131,6 +132,11 @@ class Contrastive(Head):
         from sklearn.linear_model import LogisticRegression
 
         embeddings, labels = embedded(model, corpus)
+        if self.several:
+            fits = [yes_or_no(embeddings, column) for column in labels.T]
+            model.head.weight.copy_(torch.stack([weight for weight, _ in fits]))
+            model.head.bias.copy_(torch.stack([bias for _, bias in fits]))
+            return
         fitted = LogisticRegression(max_iter=SEVERAL).fit(embeddings.numpy(), labels.numpy())
         weight, bias = (torch.from_numpy(np.atleast_1d(one)).float() for one in (fitted.coef_, fitted.intercept_))
         if len(fitted.classes_) == 2:  # one row says how much likelier the second is
@@ -141,13 +147,30 @@ class Contrastive(Head):
         model.head.bias[fitted.classes_] = bias.to(model.head.bias.device)
 
 
+def of_one_class(first: Any, second: Any) -> Any:
+    """Whether the labels of two rows are the same, or share one: (...,) of (...,), or (...,) of (..., labels)."""
+    return first == second if first.ndim < 2 else (first * second).any(-1)
+
+
+def yes_or_no(embeddings: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight (width,) and bias of one label, which `given` (rows,) says of each row; where all rows or none have
+    it, the bias alone: the log-odds of their share, with half a row more on both sides."""
+    from sklearn.linear_model import LogisticRegression
+
+    having, rows = int(given.sum()), len(given)
+    if having in (0, rows):
+        return torch.zeros(embeddings.shape[1]), torch.tensor((having + 0.5) / (rows - having + 0.5)).log()
+    fitted = LogisticRegression(max_iter=SEVERAL).fit(embeddings.numpy(), given.numpy())
+    return torch.from_numpy(fitted.coef_[0]).float(), torch.tensor(fitted.intercept_[0]).float()
+
+
 def partner(row: dict[str, Any], classes: np.ndarray, drawing: tuple[int, int], same: bool) -> int | None:
     """The number of a training row of the same class as `row`, or of another, drawn by the row, its turn and `drawing`;
     None for the row itself, where no other has its class."""
     text = np.asarray(row["input_ids"], np.int64).tobytes()
     own = int.from_bytes(hashlib.sha256(text).digest()[:8])
     generator = np.random.default_rng([*drawing, int(row["turn"]), own])
-    fitting = np.flatnonzero((classes == row["labels"]) == same)
+    fitting = np.flatnonzero(of_one_class(classes, np.asarray(row["labels"])) == same)
     return int(generator.choice(fitting)) if len(fitting) else None
 
 

@@ -23,7 +23,8 @@ class Entailment(Head):
     """softmax over labels k of z(text, hypothesis_k), z: the model's logit of entailment, or with
     `against_contradiction` this less its logit of contradiction. hypothesis_k: `template` around the description of
     label k, its name made readable unless `descriptions` has another. All pairs of a row are one batch of the model,
-    which is one of natural language inference and says by the names of its labels which output is which.
+    which is one of natural language inference and says by the names of its labels which output is which. Where a text
+    may have several labels, each has it with p = sigmoid(entailment - contradiction), so this difference is z there.
     """
 
     is_new: ClassVar[bool] = False
@@ -61,13 +62,14 @@ class Entailment(Head):
         names = {str(name).casefold(): int(place) for place, name in config.id2label.items()}
         against = next((names[name] for name in CONTRADICTIONS if name in names), None)
         lacking = [] if "entailment" in names else ["entailment"]
-        lacking += ["contradiction"] if self.against_contradiction and against is None else []
+        compares = self.against_contradiction or self.several
+        lacking += ["contradiction"] if compares and against is None else []
         if lacking:
             raise ConfigError(
                 f"{self.setting}: needs a model of natural language inference, with a label {lacking[0]!r}; this "
                 f"{config.model_type} has {', '.join(map(str, config.id2label.values()))}"
             )
-        return names["entailment"], against if self.against_contradiction else None
+        return names["entailment"], against if compares else None
 
     def encode(self, rows: Rows, tokenizer: Any, labels: Sequence[str]) -> Rows:
         """`input_ids` and `token_type_ids` of a row: a list for each label."""

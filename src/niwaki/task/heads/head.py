@@ -31,10 +31,14 @@ class Head(abc.ABC):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     is_new: ClassVar[bool] = True  # it has parameters that no model brings, so every tuning trains them
     guesses: ClassVar[bool] = True  # without a fit: says something of a label that it never saw a row of
+    says_several: ClassVar[bool] = (
+        True  # its logits can be of labels each by itself, of which a text may have any number
+    )
     refits: ClassVar[bool] = False  # it is computed anew from the training rows, before a validation and after the fit
     paper: ClassVar[str]
 
     max_length: int = 128
+    several: bool = False  # whether a text may have any number of labels, each with a logit of yes against no
 
     @property
     def name(self) -> str:
@@ -117,17 +121,23 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(folder.__path__) if module.name != "head")
 
 
-def head_of(name: str, max_length: int, settings: Mapping[str, Any]) -> Head:
+def head_of(name: str, max_length: int, settings: Mapping[str, Any], *, several: bool = False) -> Head:
     """The head of this name, with those of the `settings` of a task that were given (no null, no empty mapping).
 
     Raises:
-        ConfigError: there is no such head, or it has no such setting.
+        ConfigError: there is no such head, or it has no such setting, or none of several labels a text.
     """
     if name not in names():
         near = nearest(name, names(), cutoff=0.5)
         hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"task.head={name!r}: needs one of {', '.join(names())}{hint}")
     kind = kind_of(name)
+    if several and not kind.says_several:
+        able = " or ".join(other for other in names() if kind_of(other).says_several)
+        raise ConfigError(
+            f"task.head={name}: says which one of the labels is the likeliest, and here a text may have several; "
+            f"choose task.head={able}"
+        )
     given = {key: value for key, value in settings.items() if value is not None and value != {}}
     for key, value in given.items():
         if key not in settings_of(kind):
@@ -136,7 +146,7 @@ def head_of(name: str, max_length: int, settings: Mapping[str, Any]) -> Head:
                 f"task.{key}={value!r}: head={name} has no such setting; leave it null, or choose task.head="
                 f"{' or '.join(having)}"
             )
-    made: Head = kind(max_length=max_length, **given)
+    made: Head = kind(max_length=max_length, several=several, **given)
     return made
 
 
@@ -146,5 +156,5 @@ def kind_of(name: str) -> Any:
 
 
 def settings_of(kind: Any) -> list[str]:
-    """The settings of a task that a head takes, beside the length of a text."""
-    return [field.name for field in fields(kind) if field.name != "max_length"]
+    """The settings of a task that a head takes, beside the length of a text and whether it has several labels."""
+    return [field.name for field in fields(kind) if field.name not in ("max_length", "several")]

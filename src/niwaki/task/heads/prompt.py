@@ -29,6 +29,7 @@ class Prompt(Head):
     """
 
     is_new: ClassVar[bool] = False
+    says_several: ClassVar[bool] = False
     paper: ClassVar[str] = "Schick & Schutze 2021, arXiv:2001.07676"
 
     pattern: str = "{text} This is about {mask}."
