@@ -105,7 +105,7 @@ def test_a_general_student_is_tuned_for_a_task(run: Any) -> None:
     card = json.loads((student / "model" / "niwaki.json").read_text())
     assert [edit["blocks"] for edit in card["edits"] if "blocks" in edit] == [[0, 2]]
     general = artifact.load(student / "model").model.base_model.state_dict()
-    spec, task = Pretrained(name=str(student)), Classification()
+    spec, task = Pretrained(name=str(student)), Classification(lr=1e-4)
     start = spec.load(task, ("a", "b", "c"), 0)
     assert start.head_is_new
     bare = {name: tensor for name, tensor in start.base_model.state_dict().items() if not name.startswith("pooler.")}
