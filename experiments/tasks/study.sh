@@ -20,13 +20,21 @@ run() { # STUDY FOLDER ENDING MORE...
     trainer.limit_validation_batches=1 "${@:4}"
 }
 rows() { # NAME FOLDER MORE...: where none is named, all
-  [ -n "$only" ] && [ "$only" != "$1" ] || run "$1" "$2" jsonl "${@:3}"
+  [ "${only:-$1}" != "$1" ] || run "$1" "$2" jsonl "${@:3}"
 }
-writes() { # NAME FOLDER MODEL MORE...
-  [ -z "$3" ] || rows "$1" "$2" model=pretrained "model.name=$3" "${@:4}"
+writes() { # NAME FOLDER MODEL MORE...: measured before, too, since there is no majority to compare with
+  [ -z "$3" ] || rows "$1" "$2" model=pretrained "model.name=$3" measure.before=true "${@:4}"
+}
+chats() { # NAME MODEL MORE...
+  if [ -n "$2" ] && [ "${only:-$1}" = "$1" ]; then
+    .venv/bin/python train.py -m study="tasks-$1" data=files data.format=chat task=instruction model=pretrained \
+      "data.train=$data/instruction/llamafactory_demo/alpaca_en_demo.json" "model.name=$2" logger=none measure=scores \
+      measure.before=true 'callbacks=[]' trainer.limit_validation_batches=1 "${@:3}"
+  fi
 }
 all() { # as many rows as take five minutes on two cores
   rows sst2 sentiment/sst2_sentence data.limit=3000
+  rows sst2_glue sentiment/sst2_glue data.limit=4000
   rows sst5 sentiment/sst2_sentence/fine data.limit=3000
   rows ag_news topic/ag_news data.limit=2000
   rows banking77 intent/banking77 data.limit=3000 trainer.max_epochs=5
@@ -41,6 +49,8 @@ all() { # as many rows as take five minutes on two cores
   rows cluener ner/cluener task=ner data.limit=1500
   rows semeval2010_task8 relation_extraction/semeval2010_task8 task=relation data.limit=1200
   rows squad question_answering/squad_v2_half_dev task=question_answering data.limit=400
+  rows xquad question_answering/squad_v2_half_dev task=question_answering data.limit=400 \
+    "data.test=$data/question_answering/xquad/test.jsonl"
   rows cmrc2018 question_answering/cmrc2018 task=question_answering task.language=zh data.limit=150
   rows commonsense_qa commonsense/commonsense_qa task=multiple_choice data.limit=600
   rows arc_easy commonsense/arc_easy task=multiple_choice data.limit=500
@@ -51,15 +61,22 @@ all() { # as many rows as take five minutes on two cores
   rows chnsenticorp chinese/chnsenticorp data.limit=800
   rows tnews chinese/tnews_fewclue trainer.max_epochs=10
   writes g2p translation/g2p_lexicon_us "$bart" task=translation data.limit=300
-  writes samsum summarization/samsum "$llama" task=summarization data.limit=200
-  writes dailydialog dialogue/dailydialog "$llama" task=dialogue data.limit=300
-  writes e2e table_to_text/e2e_nlg "$llama" task=table_to_text data.limit=300
-  writes mbpp code_generation/mbpp "$llama" task=code_generation data.limit=100
+  local small=(optimizer.lr=1e-3 data.limit=200) # of a model of 260,000 parameters
+  writes multi30k translation/multi30k_en_de "$llama" task=translation "${small[@]}"
+  writes samsum summarization/samsum "$llama" task=summarization "${small[@]}"
+  writes scitldr summarization/scitldr_a "$llama" task=summarization "${small[@]}"
+  writes dailydialog dialogue/dailydialog "$llama" task=dialogue "${small[@]}"
+  writes personachat dialogue/personachat_val_test "$llama" task=dialogue "${small[@]}"
+  writes e2e table_to_text/e2e_nlg "$llama" task=table_to_text "${small[@]}"
+  writes gsm8k math/gsm8k "$llama" task=summarization data.columns.source=question data.columns.target=answer "${small[@]}"
+  local code=(task=code_generation task.max_length=320 task.max_target_length=192 optimizer.lr=1e-3)
+  writes mbpp code_generation/mbpp "$llama" "${code[@]}"
+  writes humaneval code_generation/mbpp "$llama" "${code[@]}" "data.test=$data/code_generation/humaneval/test.jsonl"
+  chats alpaca "$llama" optimizer.lr=1e-3 data.limit=200
 }
 names() {
-  local common=(task=ner task.casing=true trainer.max_epochs=6 optimizer.lr=2e-4 optimizer.layer_decay=0.9)
-  run names-dense ner/conll2003 jsonl "${common[@]}"
-  run names-qat ner/conll2003 jsonl "${common[@]}" compression=quantize/qat
+  run names-dense ner/conll2003 jsonl +experiment=ner_conll2003
+  run names-qat ner/conll2003 jsonl +experiment=ner_conll2003 compression=quantize/qat
 }
 shots() {
   for set in topic/ag_news intent/banking77; do
