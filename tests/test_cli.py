@@ -141,6 +141,18 @@ def test_evaluate_reads_other_formats_and_column_names(niwaki, run, tmp_path):
     assert json.loads(out)["rows"] == 9
 
 
+def test_a_format_that_the_ending_does_not_tell(niwaki, run, tmp_path):
+    write(tmp_path / "rows.jsonl", ROWS[:9])
+    (tmp_path / "rows.data").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    _, expected, _ = niwaki("evaluate", run, tmp_path / "rows.jsonl")
+    _, out, _ = niwaki("evaluate", run, tmp_path / "rows.data", "--format", "jsonl")
+    assert json.loads(out) == json.loads(expected)
+    _, said, _ = niwaki("predict", run, "--file", tmp_path / "rows.data", "--format", "jsonl")
+    assert len(said.splitlines()) == 9
+    code, _, error = niwaki("predict", run, "x", "--format", "jsonl")
+    assert (code, error) == (2, "error: --format jsonl: says what --file is; give one\n")
+
+
 def test_evaluate_reports_every_class(niwaki, tagger):
     metrics = json.loads((tagger / "metrics.json").read_text())
     _, out, _ = niwaki("evaluate", tagger, tagger.parent / "rows.jsonl", "--report")

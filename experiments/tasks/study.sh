@@ -48,10 +48,10 @@ all() { # as many rows as take five minutes on two cores
   rows conll2003 ner/conll2003 task=ner data.limit=3000
   rows cluener ner/cluener task=ner data.limit=1500
   rows semeval2010_task8 relation_extraction/semeval2010_task8 task=relation data.limit=1200
-  rows squad question_answering/squad_v2_half_dev task=question_answering data.limit=400
-  rows xquad question_answering/squad_v2_half_dev task=question_answering data.limit=400 \
+  rows squad question_answering/squad_v2_half_dev task=question_answering task.null_threshold=inf data.limit=400
+  rows xquad question_answering/squad_v2_half_dev task=question_answering task.null_threshold=inf data.limit=400 \
     "data.test=$data/question_answering/xquad/test.jsonl"
-  rows cmrc2018 question_answering/cmrc2018 task=question_answering task.language=zh data.limit=150
+  rows cmrc2018 question_answering/cmrc2018 task=question_answering task.null_threshold=inf data.limit=150
   rows commonsense_qa commonsense/commonsense_qa task=multiple_choice data.limit=600
   rows arc_easy commonsense/arc_easy task=multiple_choice data.limit=500
   rows copa commonsense/copa task=multiple_choice
@@ -81,7 +81,7 @@ names() {
 shots() {
   for set in topic/ag_news intent/banking77; do
     run "shots-${set#*/}" "$set" jsonl data.limit=2000 'seed=0,1,2,3,4' 'data.shots=4,8,16,32' \
-      'task.head=linear,label_embedding,contrastive' trainer.max_steps=200
+      'task.head=linear,label_embedding,contrastive' trainer.max_epochs=200 trainer.max_steps=200
     run "zero-${set#*/}" "$set" jsonl data.shots=0 task.head=label_embedding
   done
 }

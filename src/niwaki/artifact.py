@@ -281,11 +281,13 @@ def load_dense(place: str, task: Task, labels: Sequence[str], config: Any) -> tu
 
     Raises:
         ArtifactError: it holds what the new model has no place for.
+        ConfigError: it would not be read as it was.
     """
     from niwaki.model.anatomy import Anatomy, adapt
     from niwaki.model.load import auto_class, with_labels
 
     saved = load_merged(place)
+    task.refuse_start(saved.task)
     fresh = auto_class(task, config).from_config(with_labels(config, task.outputs(labels)), dtype=torch.float32)
     task.attach(fresh, labels)
     adapt(fresh)

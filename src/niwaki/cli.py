@@ -25,6 +25,10 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", metavar="NAME=THEIRS", help="The file's name for a column: text=sentence."),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="What the file is, where its ending does not tell: squad, chat, ..."),
+]
 Adapter = Annotated[
     str | None,
     typer.Option(
@@ -51,15 +55,17 @@ def evaluate(
     column: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     report: Annotated[bool, typer.Option("--report", help="Print a table per class instead.")] = False,
+    kind: Format = None,
     adapter: Adapter = None,
 ) -> None:
     """Score an artifact on a file; JSON out."""
     saved = load(place, adapter)
     from niwaki.inference import WholeFile, scores
 
-    source = WholeFile(train=str(file), columns=pairs(column), eval_batch_size=batch_size)
+    source = WholeFile(train=str(file), format=kind, columns=pairs(column), eval_batch_size=batch_size)
     metrics, tables = scores(saved, source)
-    print(class_table(tables, saved.task.name) if report else json.dumps(finite(metrics), indent=1))
+    told = {name: table for name, table in tables.items() if name == "signatures"}
+    print(class_table(tables, saved.task.name) if report else json.dumps({**finite(metrics), **told}, indent=1))
 
 
 @app.command()
@@ -76,6 +82,7 @@ def predict(
     ] = None,
     column: Columns = None,
     batch_size: Annotated[int, typer.Option(min=1, max=32, help="Texts that are read before they are answered.")] = 32,
+    kind: Format = None,
     adapter: Adapter = None,
 ) -> None:
     """Let an artifact answer texts, or rows by their columns; JSON lines out."""
@@ -83,11 +90,13 @@ def predict(
         raise ConfigError("predict: give texts or --file, not both")
     if column and not file:
         raise ConfigError(f"--column {column[0]}: names a column of --file; give one")
+    if kind and not file:
+        raise ConfigError(f"--format {kind}: says what --file is; give one")
     columns = pairs(column)
     saved = load(place, adapter)
     from niwaki.inference import answers
 
-    for answer in answers(saved, rows_of(text, file, columns, saved), batch_size):
+    for answer in answers(saved, rows_of(text, file, kind, columns, saved), batch_size):
         print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
@@ -278,13 +287,15 @@ def quiet() -> None:
     quiet_progress()
 
 
-def rows_of(text: list[str] | None, file: Path | None, columns: dict[str, str], saved: Any) -> Iterator[dict[str, Any]]:
+def rows_of(
+    text: list[str] | None, file: Path | None, kind: str | None, columns: dict[str, str], saved: Any
+) -> Iterator[dict[str, Any]]:
     """The rows that a user gave, one way or another."""
     from niwaki.inference import file_rows, text_rows
 
     needs = saved.task.needs
     if file is not None:
-        return file_rows(file, columns, needs)
+        return file_rows(file, kind, columns, needs)
     return text_rows(text, "argument", needs.asking) if text else text_rows(sys.stdin, "stdin line", needs.asking)
 
 

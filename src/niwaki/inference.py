@@ -140,17 +140,19 @@ def text_rows(lines: Iterable[str], origin: str, needs: Needs) -> Iterator[Row]:
         raise DataError(f"{origin} {number}: {error}") from error
 
 
-def file_rows(path: Path, columns: Mapping[str, str], needs: Needs) -> Iterator[Row]:
+def file_rows(path: Path, kind: str | None, columns: Mapping[str, str], needs: Needs) -> Iterator[Row]:
     """The rows of a file: txt by lines, as they are read; any other format by the columns that the task is asked for.
+    `kind`: its format, where the ending does not tell.
 
     Raises:
         DataError: no file, no such column, or a bad value.
+        ConfigError: no such format.
     """
-    if path.suffix.lower() == ".txt":
+    if (kind or path.suffix.lower().lstrip(".")) == "txt":
         with opened(path) as stream:
             yield from text_rows(stream, f"{path} line", needs.asking)
         return
-    source = WholeFile(train=str(path), columns=columns)
+    source = WholeFile(train=str(path), format=kind, columns=columns)
     if source.is_running_text("train"):
         lines = source.rows(Needs(required=("text",)))["text"][:]
         yield from text_rows(lines, f"{path} line", needs.asking)

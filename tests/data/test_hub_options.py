@@ -22,6 +22,7 @@ TAG = Needs(required=("tokens", "tags"))
 ANSWER = Needs(required=("context", "question", "answers"), optional=("id",))
 WRITE = Needs(required=("source", "target"), optional=("references",))
 CHOOSE = Needs(required=("question", "choices", "label"), checks={"label": check_index})
+READ = Needs(required=("text",))
 RELATE = Needs(required=("text", "label"), checks={"text": check_marked})
 CODE = Needs(required=("prompt", "solution", "tests", "entry_point"), optional=("id",))
 
@@ -203,6 +204,16 @@ SETS: dict[str, tuple[Needs, dict, dict, tuple[str, ...], dict]] = {
         {"prompt": "Write function 7.", "solution": "import re\ndef f7(a):\n    return a",
          "tests": "assert f7(1) == 1\nassert f7(2) == 2", "entry_point": "f7", "id": "7"},
     ),
+    "iflytek": (
+        CLASSIFY, named("sentence", label=classes("0", "1")), texts("sentence"), USUAL,
+        {"text": "sentence 7", "label": "1"},
+    ),
+    "e2e_nlg": (
+        WRITE, {"meaning_representation": TEXT, "human_reference": TEXT},
+        {"meaning_representation": "name[#], food[cake]", "human_reference": "# has cake."}, USUAL,
+        {"source": "name[7], food[cake]", "target": "7 has cake."},
+    ),
+    "wikitext2": (READ, {"text": TEXT}, {"text": "trees #"}, USUAL, {"text": "trees 7"}),
     "semeval2010_task8": (
         RELATE, {"sentence": TEXT, "relation": classes("Other", "Cause-Effect(e1,e2)")},
         {"sentence": "<e1>rain #</e1> made a <e2>pond</e2>", "relation": 1}, ("train", "test"),

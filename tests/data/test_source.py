@@ -227,6 +227,29 @@ def test_shots_are_that_many_of_each_class() -> None:
     assert Given(rows=rows, shots=4).splits(CLASSIFY, 1)["train"]["text"][:] != splits["train"]["text"][:]
 
 
+def test_shots_of_several_labels_a_row_are_of_each() -> None:
+    labels = [["a", "b"], ["a"], ["a"], ["a"], [], ["b"], ["b"], ["c"], ["c"]]
+    rows = whole(text=[f"text {i}" for i in range(9)], labels=labels)
+    needs = Needs(required=("text", "labels"))
+    found = Given(rows=rows, shots=2).splits(needs, 0)["train"]["labels"][:]
+    assert all(sum(label in given for given in found) >= 2 for label in "abc")
+    assert len(found) <= 6
+    with pytest.raises(DataError, match=r"data\.shots=3: class 'c' has only 2"):
+        Given(rows=rows, shots=3).splits(needs, 0)
+
+
+def test_rows_with_an_empty_text_are_left_out_where_that_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = whole(text=["a", " ", "c", ""], label=["x", "x", "y", "y"])
+    with pytest.raises(DataError, match="is empty"):
+        Given(rows=rows).splits(CLASSIFY, 0)
+    found = Given(rows=rows, skip_empty=True).splits(CLASSIFY, 0)
+    assert [part["text"][:] for part in found.values()] == [["a", "c"]] * 3
+    assert found["test"]["label"][:] == ["x", "y"]
+    assert "left out 2 of 4 rows, in which a text is empty" in capsys.readouterr().err
+    with pytest.raises(DataError, match="has no row without an empty text"):
+        Given(rows=whole(text=["", ""], label=["x", "y"]), skip_empty=True).splits(CLASSIFY, 0)
+
+
 def test_shots_name_the_class_that_has_too_few() -> None:
     rows = whole(text=["a", "b", "c"], label=["x", "x", "y"])
     with pytest.raises(DataError, match=r"data\.shots=2: class 'y' has only 1"):

@@ -75,6 +75,24 @@ def test_scores_by_hand() -> None:
     }
 
 
+def test_the_table_per_class_by_hand() -> None:
+    # b: guessed three times, twice right, and true twice; c: true once, never guessed
+    scores = Classification().scores(("a", "b", "c"))
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 1, 0]), 3).float()
+    scores.update(SimpleNamespace(logits=logits), {"labels": torch.tensor([0, 0, 1, 1, 2])})
+    table = scores.report()
+    of_b = {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(0.8), "support": 2.0}
+    assert table["per_class"]["b"] == of_b
+    assert table["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1.0}
+    assert table["averages"]["micro"] == pytest.approx({"precision": 0.6, "recall": 0.6, "f1": 0.6, "support": 5.0})
+    assert table["averages"]["macro"]["f1"] == pytest.approx(13 / 30)
+    assert table["averages"]["weighted"]["f1"] == pytest.approx((2 * 0.5 + 2 * 0.8) / 5)
+
+
+def test_the_score_to_watch_can_be_chosen() -> None:
+    assert (Classification().metric, Classification(watched="mcc").metric) == ("accuracy", "mcc")
+
+
 def test_the_calibration_error_by_hand() -> None:
     # Two rows sure to 0.9, one right: |1/2 - 0.9| by 2/3 of the rows; one sure to 0.6 and right: |1 - 0.6| by 1/3.
     chances = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])

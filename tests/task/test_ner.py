@@ -234,6 +234,10 @@ def test_words_of_raw_text(text: str, words: list[str]) -> None:
     assert [match.group() for match in WORD.finditer(text)] == words
 
 
+def test_each_chinese_character_is_a_word() -> None:
+    assert WORD.findall("叶老桂，在ABC-1银行。") == ["叶", "老", "桂", "，", "在", "ABC-1", "银", "行", "。"]
+
+
 def test_answers_are_those_of_the_logits(setting: Callable[..., Any]) -> None:
     one = setting("bert", "ner")
     one.model.classifier.bias.data = torch.tensor([9.0, 0.0, 0.0])  # every word begins a person

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from niwaki.errors import ConfigError, DataError
-from niwaki.task.question_answering import QuestionAnswering, ends_of
+from niwaki.task.question_answering import AnswerScores, QuestionAnswering, ends_of
 from niwaki.task.spans import Best, Span, chinese, english, longest_run, spans_of, units, without_signs
 
 CONTEXT = "ada cut the old pine in may. bob held it. eve ran home, and sang of it all night long."
@@ -161,6 +161,15 @@ def test_official_english_scores(found: str, answers: list[str], exact: float, f
 )
 def test_official_chinese_scores(found: str, answers: list[str], exact: float, f1: float) -> None:
     assert chinese([found], [answers]) == {"exact": pytest.approx(exact), "f1": pytest.approx(f1)}
+
+
+def test_the_language_is_that_of_what_is_right() -> None:
+    """Unless it is told: characters for Chinese answers, words for others, each row by itself."""
+    found, wanted = ["北京大学的", "the oak"], [["北京大学"], ["oak tree"]]
+    alike = {language: AnswerScores(QuestionAnswering(language=language))._alike for language in (None, "en", "zh")}
+    assert alike[None](found, wanted)["f1"] == pytest.approx((8 / 9 + 2 / 3) / 2)
+    assert alike["en"](found, wanted)["f1"] == pytest.approx((0 + 2 / 3) / 2)
+    assert alike["zh"](found, wanted)["f1"] == chinese(found, wanted)["f1"]
 
 
 def test_units_and_runs() -> None:

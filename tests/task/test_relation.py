@@ -31,6 +31,16 @@ def test_the_marks_become_tokens_and_are_found_again(setting: Callable[..., Any]
     assert batch["labels"].tolist() == [1, 2, 0]
 
 
+def test_a_model_that_reads_on_is_read_behind_the_entities(setting: Callable[..., Any]) -> None:
+    """Its state at a mark that opens an entity has seen nothing of it."""
+    one = setting("llama", "relation")
+    ((first, second),) = one.batch({"text": [TEXT], "label": ["Other"]})["marks"].tolist()
+    (row,) = one.features({"text": [TEXT], "label": ["Other"]})
+    tokens = one.tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert [i for i, token in enumerate(tokens) if token == "$"][1] == first
+    assert [i for i, token in enumerate(tokens) if token == "#"][1] == second
+
+
 def test_the_head_is_a_linear_of_both_states(setting: Callable[..., Any]) -> None:
     """The paper's: logits = W [h_e1; h_e2] + b, with W and b put together of the token head's two halves."""
     one = setting(task="relation")
@@ -102,7 +112,7 @@ def test_the_official_score_by_hand() -> None:
     assert computed["precision"] == pytest.approx((1 / 3 + 1) / 2)
     assert computed["recall"] == pytest.approx(0.5)
     assert computed["accuracy"] == pytest.approx(3 / 6)
-    table = scores.report()["per_relation"]
+    table = scores.report()["per_class"]
     assert table["Cause"] == {
         "precision": pytest.approx(1 / 3), "recall": 0.5, "f1": pytest.approx(0.4), "support": 2.0, "predicted": 3.0
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Which rows of a split to take: carving splits, few shots, limits. All are pure functions of the seed."""
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,18 +131,20 @@ def _spread(groups: list[list[int]], size: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def choose_shots(labels: list[str], shots: int, seed: int) -> list[int]:
-    """Row numbers, ascending, of `shots` rows of each label. DataError names a label that has fewer."""
+def choose_shots(labels: Sequence[str | Sequence[str]], shots: int, seed: int) -> list[int]:
+    """Row numbers, ascending, of `shots` rows drawn for each label, of which one that has several may be drawn for each
+    of them. DataError names a label that has fewer."""
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for number, label in enumerate(labels):
-        rows_of[label].append(number)
+    for number, given in enumerate(labels):
+        for label in [given] if isinstance(given, str) else given:
+            rows_of[label].append(number)
     generator = np.random.default_rng([seed, 3])
-    chosen: list[int] = []
+    chosen: set[int] = set()
     for label in sorted(rows_of):
         rows = rows_of[label]
         if len(rows) < shots:
             raise DataError(f"data.shots={shots}: class {label!r} has only {len(rows)} training rows")
-        chosen += (rows[i] for i in generator.choice(len(rows), shots, replace=False))
+        chosen.update(rows[i] for i in generator.choice(len(rows), shots, replace=False))
     return sorted(chosen)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from niwaki.console import notice
 from niwaki.data.columns import (
     ANSWERS,
     ASKING,
@@ -138,14 +139,15 @@ class Source(abc.ABC):
     none but what their labels are, so nothing is learned.
     `columns` maps a column of the task to its name in the source, or to what it is made of there (`data/names.py`).
     `validation_fraction` and `test_fraction` are the shares of the training rows that become a split which the source
-    does not have. `unlabelled` names files whose rows stand behind the training rows without an answer; neither `limit`
-    nor `shots` counts them.
+    does not have. `skip_empty` leaves out rows in which a text is empty, which are an error otherwise. `unlabelled`
+    names files whose rows stand behind the training rows without an answer; neither `limit` nor `shots` counts them.
     """
 
     batch_size: int = 32
     eval_batch_size: int = 64
     limit: int | None = None
     shots: int | None = None
+    skip_empty: bool = False
     columns: Mapping[str, Spec] = field(default_factory=dict)
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
@@ -225,6 +227,8 @@ class Source(abc.ABC):
             if rows.num_rows == 0:
                 raise DataError(f"{self.origin(split)}: has no rows")
         kept = self._columns_to_keep(found, needs)
+        if self.skip_empty:
+            found = {split: self._filled(split, rows, kept, needs) for split, rows in found.items()}
         checked = {split: self._checked(split, rows, kept, needs) for split, rows in found.items()}
         whole = self._carved(checked, seed)
         return {split: self._sampled(split, whole[split], seed) for split in SPLITS}
@@ -262,6 +266,23 @@ class Source(abc.ABC):
         near = nearest(name, names)
         hint = f"; name it with data.columns.{column}={near}" if near else ""
         return f"{self.origin(split)}: no column {name!r}; found {', '.join(names) or 'none'}{hint}"
+
+    def _filled(self, split: str, rows: "Dataset", kept: list[str], needs: Needs) -> "Dataset":
+        """The rows without an empty text, where rows are no lines of one text."""
+        if self.is_running_text(split):
+            return rows
+        empty: set[int] = set()
+        for column in kept:
+            if needs.check(column) is check_text:
+                origin = self._origin(column, rows)
+                read = [values_of(rows, name) for name in origin.reads]
+                texts = (origin.make(*parts) for parts in zip(*read, strict=True))
+                empty.update(number for number, text in enumerate(texts) if not str(text or "").strip())
+        if len(empty) == rows.num_rows:
+            raise DataError(f"{self.origin(split)}: has no row without an empty text")
+        if empty:
+            notice(f"{self.origin(split)}: left out {len(empty):,} of {rows.num_rows:,} rows, in which a text is empty")
+        return rows.select([number for number in range(rows.num_rows) if number not in empty]) if empty else rows
 
     def _checked(self, split: str, rows: "Dataset", kept: list[str], needs: Needs) -> "Dataset":
         """The rows under the task's names, each value checked and made canonical."""
@@ -315,10 +336,10 @@ class Source(abc.ABC):
         if split == "train" and self.shots == 0:
             return rows  # which tell the labels, before they go
         if split == "train" and self.shots is not None:
-            classes = "label" in rows.column_names and has_classes(rows, "label") and "choices" not in rows.column_names
-            if not classes:
+            column = next((name for name in ("label", "labels") if name in rows.column_names), None)
+            if column is None or not has_classes(rows, column) or "choices" in rows.column_names:
                 return rows.select(choose_limit(rows, min(self.shots, rows.num_rows), seed))
-            return rows.select(choose_shots(rows["label"][:], self.shots, seed))
+            return rows.select(choose_shots(rows[column][:], self.shots, seed))
         if self.limit is None or self.limit >= rows.num_rows:
             return rows
         if self.is_running_text(split):

@@ -275,12 +275,16 @@ def check_job(place: str, task: Task, labels: Sequence[str], field: str) -> dict
             raise ConfigError(f"{field}={place!r}: does the task {theirs.name}, the student {task.name}")
         if not task.reads_as(theirs):
             raise ConfigError(
-                f"{field}={place!r}: its head reads texts in another form than the student's (task.head and its "
-                "pattern or template); use one that reads them alike"
+                f"{field}={place!r}: reads texts in another form than the student's (task.head and its pattern or "
+                "template, task.casing); use one that reads them alike"
             )
         refuse_other_labels(place, card["labels"], labels, field)
     else:
         config = spec.config()
+        try:
+            task.check_config(config)
+        except ConfigError as error:
+            raise ConfigError(f"{field}={place!r}: cannot read what the student does ({error})") from None
         needed = type(spec._try(lambda: spec.empty(task, ()))).__name__
         if needed not in (config.architectures or [needed]):
             raise ConfigError(

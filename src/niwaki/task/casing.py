@@ -1,8 +1,9 @@
 """Whether a word begins with a capital, is all in capitals, or has some inside, for models whose tokens do not tell: a
-feature of its own beside that of the word (Collobert et al. 2011, arXiv:1103.0398, section 6.1)."""
+feature of its own beside that of the word (Collobert et al. 2011, arXiv:1103.0398)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ def segment_of(word: str) -> int:
     return CAPITALS if all(capital) else INSIDE
 
 
-def segments_of(words: list[str], word_ids: list[int | None]) -> list[int]:
-    """`token_type_ids` of the pieces of some words, PLAIN for those of none."""
-    kinds = [segment_of(word) for word in words]
+def segments_of(kinds: Sequence[int], word_ids: Sequence[int | None]) -> list[int]:
+    """`token_type_ids` of pieces of words of these `kinds`, PLAIN for those of none."""
     return [PLAIN if word is None else kinds[word] for word in word_ids]
 
 

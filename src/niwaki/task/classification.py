@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,22 +13,28 @@ from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import DataError
 from niwaki.task.headed import Headed
+from niwaki.task.tables import class_scores
 from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, alike
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Headed):
-    """softmax(head(text)); accuracy, macro F1, Matthews correlation and calibration error."""
+    """softmax(head(text)); accuracy, macro F1, Matthews correlation, calibration error, and a table per class.
+    `watched`: the score by which the best step of a fit is told, such as mcc for CoLA."""
 
     needs: ClassVar[Needs] = Needs(required=("text", "label"), optional=("text_pair",))
-    metric: ClassVar[str] = "accuracy"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv:1810.04805"
 
+    watched: Literal["accuracy", "f1", "mcc"] = "accuracy"
     pattern: str | None = None
     verbalizer: Mapping[str, str] = field(default_factory=dict)
     against_contradiction: bool | None = None
     demonstrations: int | None = None
     calibrate: bool | None = None
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        return self.watched
 
     def labels(self, splits: Mapping[str, Any]) -> tuple[str, ...]:
         labels = tuple(labels_of(dict(splits), "label"))
@@ -54,7 +60,7 @@ class Classification(Headed):
         return outputs.logits, batch["labels"]
 
     def scores(self, labels: Sequence[str], tokenizer: Any = None) -> Scores:
-        return ClassScores(len(labels))
+        return ClassScores(labels)
 
     def answers(
         self, model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
@@ -70,7 +76,7 @@ class ClassScores(Scores):
     """accuracy, f1 (macro), mcc, ece and mean loss, from torchmetrics. ece: the expected calibration error, sum over 15
     bins of |accuracy - confidence| weighed by their share of the rows (Guo et al. 2017, arXiv:1706.04599)."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, labels: Sequence[str]) -> None:
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import (
             MulticlassAccuracy,
@@ -79,6 +85,10 @@ class ClassScores(Scores):
             MulticlassMatthewsCorrCoef,
         )
 
+        classes = len(labels)
+        self._labels = list(labels)
+        self._true: list[int] = []
+        self._found: list[int] = []
         self._loss = MeanMetric()
         self._calibration = MulticlassCalibrationError(classes, n_bins=15)
         self._metrics = MetricCollection(
@@ -92,9 +102,15 @@ class ClassScores(Scores):
     def update(self, outputs: Any, batch: Batch) -> None:
         logits, labels = outputs.logits.float().cpu(), batch["labels"].cpu()
         self._metrics.update(logits.argmax(-1), labels)
+        self._true += labels.tolist()
+        self._found += logits.argmax(-1).tolist()
         self._calibration.update(logits.softmax(-1), labels)
         self._loss.update(torch.nn.functional.cross_entropy(logits, labels), weight=len(labels))
 
     def compute(self) -> dict[str, float]:
         found = {name: float(value) for name, value in self._metrics.compute().items()}
         return {**found, "ece": float(self._calibration.compute()), "loss": float(self._loss.compute())}
+
+    def report(self) -> dict[str, Any]:
+        true, found = ([self._labels[i] for i in places] for places in (self._true, self._found))
+        return class_scores(true, found, self._labels)

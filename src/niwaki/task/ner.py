@@ -18,15 +18,16 @@ from niwaki.data.columns import check_words, labels_of
 from niwaki.data.readers.conll import iob2, wrong_tag
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError
-from niwaki.stage import Tuning
-from niwaki.task.casing import check_segments, make_room, segments_of
+from niwaki.task.casing import check_segments, make_room, segment_of, segments_of
+from niwaki.task.tables import class_scores
 from niwaki.task.task import IGNORED, UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 from niwaki.task.texts import rows_of
 
 if TYPE_CHECKING:
     from niwaki.recipe import Recipe
 
-WORD = re.compile(r"\w(?:[\w.'’&/-]*\w)?|[^\w\s]")
+HAN = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # each a word by itself, as in CLUENER: nothing stands between them
+WORD = re.compile(rf"[{HAN}]|[^\W{HAN}](?:(?:[^\W{HAN}]|[.'’&/-])*[^\W{HAN}])?|[^\w\s]")
 
 
 def check_tags(value: Any) -> list[str]:
@@ -73,15 +74,25 @@ class NER(Task):
         return self.overlap is not None
 
     def conflict(self, recipe: Recipe) -> str | None:
+        from niwaki import artifact
+
         if self.overlap is not None and any(getattr(stage, "own_tokens", False) for stage in recipe.stages):
             return (
                 f"task.overlap={self.overlap} and distill/cross_vocabulary: another vocabulary has other windows; "
                 "needs task.overlap=null"
             )
-        tuning = next((stage.name for stage in recipe.stages if isinstance(stage, Tuning)), "full")
-        if self.casing and tuning not in ("full", "gradual"):
-            return f"task.casing=true and tuning={tuning}: the embedding of capitals would not learn; use tuning=full"
+        if self.casing and recipe.tuning.name != "full" and not artifact.is_artifact(recipe.model.place):
+            return (
+                f"task.casing=true and tuning={recipe.tuning.name}: what tells capitals is new and would not learn; "
+                "use tuning=full, go on from a model that was tuned with it, or leave task.casing=false"
+            )
         return super().conflict(recipe)
+
+    def refuse_start(self, other: Task) -> None:
+        if isinstance(other, NER) and other.casing and not self.casing:
+            raise ConfigError(
+                "task.casing=false: the model that this starts from is told capitals; needs task.casing=true"
+            )
 
     def reads_as(self, other: Task) -> bool:
         return super().reads_as(other) and isinstance(other, NER) and other.casing == self.casing
@@ -117,12 +128,9 @@ class NER(Task):
         seen: dict[int, set[int | None]] = {}
         for row, words in zip(places, firsts, strict=True):
             seen.setdefault(row, set()).update(words)
-        if self.casing:
-            of_words = [segments_of(rows["tokens"][place], encoded.word_ids(i)) for i, place in enumerate(places)]
         begun = [row == 0 or places[row - 1] != place for row, place in enumerate(places)]
-        return {
+        found = {
             "input_ids": encoded["input_ids"],
-            **({"token_type_ids": of_words} if self.casing else {}),
             "labels": [
                 [tags[place][word] if word is not None else IGNORED for word in words]
                 for place, words in zip(places, firsts, strict=True)
@@ -139,6 +147,10 @@ class NER(Task):
             "sentence": places,
             "length": [len(ids) for ids in encoded["input_ids"]],
         }
+        if self.casing:
+            kinds = [[segment_of(word) for word in words] for words in rows["tokens"]]
+            found["token_type_ids"] = [segments_of(kinds[at], encoded.word_ids(i)) for i, at in enumerate(places)]
+        return found
 
     def collate(self, features: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         batch = pad(features, tokenizer, labels=True)
@@ -307,20 +319,5 @@ class TagScores(Scores):
         }
 
     def report(self) -> dict[str, Any]:
-        from sklearn.metrics import classification_report
-
-        flat_true = [tag for row in self._true for tag in row]
-        flat_predicted = [tag for row in self._predicted for tag in row]
-        table: Any = classification_report(
-            flat_true, flat_predicted, labels=self._labels, output_dict=True, zero_division=0
-        )
-        rename = {"f1-score": "f1"}
-        clean = {
-            name: {rename.get(k, k): float(v) for k, v in row.items()}
-            for name, row in table.items()
-            if isinstance(row, dict)
-        }
-        accuracy = sum(t == p for t, p in zip(flat_true, flat_predicted, strict=True)) / len(flat_true)
-        micro = {"precision": accuracy, "recall": accuracy, "f1": accuracy, "support": float(len(flat_true))}
-        averages = {"micro": micro, "macro": clean["macro avg"], "weighted": clean["weighted avg"]}
-        return {"per_class": {name: clean[name] for name in self._labels}, "averages": averages}
+        true, found = ([tag for row in rows for tag in row] for rows in (self._true, self._predicted))
+        return class_scores(true, found, self._labels)

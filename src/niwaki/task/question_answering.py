@@ -15,7 +15,7 @@ from torch.nn import functional
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.some import NEVER, cross_entropy
-from niwaki.task.spans import Best, Span, chinese, english, spans_of
+from niwaki.task.spans import CHINESE, Best, Span, chinese, english, spans_of
 from niwaki.task.task import Batch, Rows, Scores, Task, batched, pad
 from niwaki.task.texts import rows_of
 
@@ -34,7 +34,8 @@ class QuestionAnswering(Task):
     is in all windows. The answer is the span of at most `max_answer_length` tokens with the highest sum of the logits
     of its two ends over all windows; none where the sum at the first token, the least over windows, is above it by
     more than `null_threshold`. `best` spans are considered in a window and shown by niwaki predict. `language`: zh
-    compares answers by characters, as CMRC 2018 does (Cui et al. 2019, arXiv:1810.07366).
+    compares answers by characters, as CMRC 2018 does (Cui et al. 2019, arXiv:1810.07366), en by words, as SQuAD; null:
+    zh where what is right has a Chinese character.
     """
 
     needs: ClassVar[Needs] = Needs(required=("context", "question", "answers"))
@@ -53,7 +54,7 @@ class QuestionAnswering(Task):
     max_answer_length: int = 30
     null_threshold: float = 0.0
     best: int = 20
-    language: Literal["en", "zh"] = "en"
+    language: Literal["en", "zh"] | None = None
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -251,4 +252,12 @@ class AnswerScores(Scores):
         return {**scores, "loss": self._loss / self._windows}
 
     def _alike(self, found: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
-        return (chinese if self._task.language == "zh" else english)(found, wanted)
+        by_language: dict[Any, list[int]] = {english: [], chinese: []}
+        for number, answers in enumerate(wanted):
+            language = self._task.language or ("zh" if CHINESE.search("".join(answers)) else "en")
+            by_language[chinese if language == "zh" else english].append(number)
+        sums = {"exact": 0.0, "f1": 0.0}
+        for alike, rows in by_language.items():
+            some = alike([found[i] for i in rows], [wanted[i] for i in rows]) if rows else {}
+            sums = {name: total + len(rows) * some.get(name, 0.0) for name, total in sums.items()}
+        return {name: total / len(found) for name, total in sums.items()}

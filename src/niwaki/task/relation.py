@@ -14,6 +14,7 @@ from torch import Tensor
 from niwaki.data.columns import check_marked, labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError, nearest
+from niwaki.model.load import CAUSAL
 from niwaki.task.task import UNKNOWN, Batch, Rows, Scores, Task, batched, pad
 from niwaki.task.texts import columns_of, rows_of
 
@@ -23,7 +24,8 @@ DIRECTED = re.compile(r"(.+)\((e1,e2|e2,e1)\)")
 
 @dataclass(frozen=True, kw_only=True)
 class Relation(Task):
-    """softmax(W [h_e1; h_e2] + b): h_e1 and h_e2 are the states at the marks that open the two entities.
+    """softmax(W [h_e1; h_e2] + b): h_e1 and h_e2 are the states at the marks that open the two entities; of a model
+    that reads from left to right at those that close them, before which it has read them.
 
     The head is that of token classification with two outputs a label: the first half of them is read at <e1>, the other
     at <e2>, and the sum of both is the linear of the concatenation. `marks`: what stands around the first entity and
@@ -131,7 +133,7 @@ class Relation(Task):
                     f"task.max_length={self.max_length} has no room for them; set it higher"
                 )
             ids.append([row[i] for i in kept])
-            marks.append([kept.index(place) for place in places])
+            marks.append([kept.index(place) for place in (ends if CAUSAL in tokenizer.init_kwargs else places)])
         return {"input_ids": ids, "marks": marks, "length": [len(row) for row in ids]}
 
 
@@ -212,7 +214,7 @@ class RelationScores(Scores):
 
     def report(self) -> dict[str, Any]:
         found, true = ([self._labels[i] for i in given] for given in (self._found, self._true))
-        return {"per_relation": per_relation(found, true, self._task.other)}
+        return {"per_class": per_relation(found, true, self._task.other)}
 
 
 def per_relation(found: Sequence[str], true: Sequence[str], other: str | None) -> dict[str, dict[str, float]]:

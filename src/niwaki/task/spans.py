@@ -101,7 +101,8 @@ def shared_words(one: Sequence[str], other: Sequence[str]) -> float:
     return 2 * (Counter(one) & Counter(other)).total() / (len(one) + len(other))
 
 
-SIGNS = frozenset("-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』")  # that CMRC leaves out
+SIGNS = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # that CMRC leaves out
+CHINESE = re.compile(r"[\u4e00-\u9fa5]")
 WORDS = re.compile(r"\w+(?:[.,'’]\w+)*|[^\w\s]")
 
 
@@ -141,5 +142,5 @@ def longest_run(one: Sequence[str], other: Sequence[str]) -> int:
 
 def units(text: str) -> list[str]:
     """Chinese characters, and words and signs of other scripts, of a text `without_signs`."""
-    spread = re.sub(r"([\u4e00-\u9fa5])", r" \1 ", text)
+    spread = CHINESE.sub(r" \g<0> ", text)
     return WORDS.findall(spread)

@@ -122,6 +122,10 @@ class Task(abc.ABC):
         """Whether models of the other task have this one's head, of any labels."""
         return type(other) is type(self)
 
+    def refuse_start(self, other: Task) -> None:
+        """Raise ConfigError where a model that was tuned for the other task would no longer read what it did."""
+        return None
+
     def reads_as(self, other: Task) -> bool:
         """Whether the other task makes the same of a text, so that its models can read this one's batches."""
         return type(other) is type(self)

@@ -64,7 +64,7 @@ def test_a_teacher_that_reads_another_form_is_refused(recipe: Callable[..., Any]
         if name == "label_embedding":
             check_teachers(student, corpus, empty)  # reads the same
             continue
-        with pytest.raises(ConfigError, match=r"its head reads texts in another form than the student's"):
+        with pytest.raises(ConfigError, match=r"reads texts in another form than the student's"):
             check_teachers(student, corpus, empty)
 
 

@@ -91,6 +91,8 @@ def test_entailment_is_judged_against_contradiction(begun: Callable[..., Any]) -
 def test_texts_that_share_a_label_are_of_one_class() -> None:
     first, second = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0]]), np.array([0, 1, 0])
     assert of_one_class(first, second).tolist() == [True, False, False]
+    none = np.array([0, 0, 0])
+    assert of_one_class(first, none).tolist() == [False, False, True]  # two without any label have the same
     assert of_one_class(torch.tensor([1, 2]), torch.tensor([1, 1])).tolist() == [True, False]
     # cos(0, 1) = 0.6 share one, cos(0, 2) = 0.8 and cos(1, 2) = 0.96 share none
     embedding = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])
@@ -120,6 +122,27 @@ def test_a_label_that_all_rows_have_or_none() -> None:
         weight, bias = yes_or_no(texts, given)
         assert not weight.any()
         assert bias.exp().item() == pytest.approx(odds)
+
+
+def test_pairs_of_texts_without_a_label(begun: Callable[..., Any]) -> None:
+    """They are of one class with one another, and never with themselves."""
+    _, corpus, _ = begun("task=multi_label", "task.head=contrastive", "task.pairs=3")
+    found = []
+    for batch in corpus.training():
+        ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        for place, of in enumerate(batch["of"].tolist()):
+            if of >= 0 and not batch["labels"][of].any():
+                found.append((ids[of], ids[place], bool(batch["labels"][place].any())))
+    assert len(found) == 2 * 6
+    assert sum(not labelled for _, _, labelled in found) == 6
+    assert {tuple(other) for one, other, labelled in found if not labelled} <= {tuple(one) for one, _, _ in found}
+
+
+def test_a_few_rows_of_each_label(begun: Callable[..., Any]) -> None:
+    _, corpus, _ = begun("task=multi_label", "task.head=label_embedding", "data.shots=2")
+    labels = torch.tensor(corpus.features["train"]["labels"][:])
+    assert bool((labels.sum(0) >= 2).all())
+    assert len(labels) <= 6
 
 
 @pytest.mark.parametrize("head", ["prompt", "in_context"])

@@ -45,7 +45,7 @@ class Regression(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Head):
     """Loss of the fit: mean of (cos(e_i, e_j) - [i and j are of one class])^2 over pairs of training texts; where
-    a text may have several labels, two that share one are of one class.
+    a text may have several labels, two that share one, or have none, are of one class.
 
     In each epoch a text is paired with `pairs` others of its class and with `pairs` of other classes, drawn anew; a
     batch has so many pairs as data.batch_size says. e: the mean of the last states of the text's tokens, of length 1.
@@ -148,8 +148,9 @@ class Contrastive(Head):
 
 
 def of_one_class(first: Any, second: Any) -> Any:
-    """Whether the labels of two rows are the same, or share one: (...,) of (...,), or (...,) of (..., labels)."""
-    return first == second if first.ndim < 2 else (first * second).any(-1)
+    """Whether the labels of two rows are the same, or share one: (...,) of (...,), or (...,) of (..., labels). Two rows
+    without any label have the same."""
+    return first == second if first.ndim < 2 else (first * second).any(-1) | (first == second).all(-1)
 
 
 def yes_or_no(embeddings: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,8 @@ class Head(abc.ABC):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     is_new: ClassVar[bool] = True  # it has parameters that no model brings, so every tuning trains them
     guesses: ClassVar[bool] = True  # without a fit: says something of a label that it never saw a row of
-    says_several: ClassVar[bool] = (
-        True  # its logits can be of labels each by itself, of which a text may have any number
-    )
+    # Whether its logits can be of labels each by itself, of which a text may have any number.
+    says_several: ClassVar[bool] = True
     refits: ClassVar[bool] = False  # it is computed anew from the training rows, before a validation and after the fit
     paper: ClassVar[str]
 
