@@ -295,7 +295,7 @@ def rows_of(
 
     needs = saved.task.needs
     if file is not None:
-        return file_rows(file, kind, columns, needs)
+        return file_rows(file, columns, needs, kind)
     return text_rows(text, "argument", needs.asking) if text else text_rows(sys.stdin, "stdin line", needs.asking)
 
 

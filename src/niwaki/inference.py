@@ -140,7 +140,7 @@ def text_rows(lines: Iterable[str], origin: str, needs: Needs) -> Iterator[Row]:
         raise DataError(f"{origin} {number}: {error}") from error
 
 
-def file_rows(path: Path, kind: str | None, columns: Mapping[str, str], needs: Needs) -> Iterator[Row]:
+def file_rows(path: Path, columns: Mapping[str, str], needs: Needs, kind: str | None = None) -> Iterator[Row]:
     """The rows of a file: txt by lines, as they are read; any other format by the columns that the task is asked for.
     `kind`: its format, where the ending does not tell.
 

@@ -276,6 +276,22 @@ def test_conll_tags_of_every_scheme_become_iob2(tmp_path: Path, given: str, tags
         assert row == {"tokens": [f"w{i}" for i in range(len(words))], "tags": tags.split()}
 
 
+def test_a_class_that_training_never_saw_is_named_by_file_and_line(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    other = write(tmp_path / "test.jsonl", '{"text": "c", "label": "x"}\n\n{"text": "d", "label": "z"}\n')
+    with pytest.raises(
+        DataError, match=r"^data\.test=.*test\.jsonl line 3 \('d'\): label 'z' never occurs in the 2 classes of"
+    ):
+        Files(train=train, validation=train, test=other, limit=1).splits(CLASSIFY, 0)
+
+
+def test_an_unknown_tag_is_named_by_file_and_line(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.conll", "Ada B-PER\nis O\n\nOslo B-LOC\n")
+    other = write(tmp_path / "test.conll", "Ada B-PER\n\nNATO B-MISC\n")
+    with pytest.raises(DataError, match=r"^data\.test=.*test\.conll line \d+ .*: tags 'B-MISC' never occurs"):
+        Files(train=train, validation=train, test=other).splits(Needs(required=("tokens", "tags")), 0)
+
+
 @pytest.mark.parametrize("tag", ["X-PER", "b-PER", "B-"])
 def test_conll_names_the_line_of_a_tag_that_is_none(tmp_path: Path, tag: str) -> None:
     path = write(tmp_path / "a.conll", f"a O\n\nb O\nc {tag}\n")

@@ -334,11 +334,13 @@ def _named(value: Any, names: Sequence[Any]) -> Any:
     return names[value] if value is not None and 0 <= value < len(names) else None
 
 
-def labels_of(splits: "Mapping[str, Dataset]", column: str) -> list[str]:
+def labels_of(
+    splits: "Mapping[str, Dataset]", column: str, place: Callable[[str, int], str] | None = None
+) -> list[str]:
     """The sorted labels of the training split; numbers sort as numbers.
 
     `column` holds one label a row ("label") or a list of them ("labels", "tags"). Raises DataError where another split
-    has a label that training never saw.
+    has a label that training never saw; `place` says where a row of a split stands, by its number from 1.
     """
     known = {label for labels in _label_lists(splits["train"], column) for label in labels}
     ordered = sorted(known, key=_sort_key)
@@ -346,7 +348,8 @@ def labels_of(splits: "Mapping[str, Dataset]", column: str) -> list[str]:
         for number, labels in enumerate(_label_lists(rows, column), start=1):
             for label in labels:
                 if label not in known:
-                    raise DataError(_unseen(split, number, rows[number - 1], column, label, ordered))
+                    at = place(split, number) if place else f"split {split!r} row {number}"
+                    raise DataError(f"{at}{_unseen(rows[number - 1], column, label, ordered)}")
     return ordered
 
 
@@ -355,12 +358,12 @@ def _label_lists(rows: "Dataset", column: str) -> list[list[str]]:
     return [value if isinstance(value, list) else [value] for value in values]
 
 
-def _unseen(split: str, number: int, row: dict[str, Any], column: str, label: str, ordered: list[str]) -> str:
+def _unseen(row: dict[str, Any], column: str, label: str, ordered: list[str]) -> str:
     near = nearest(label, ordered)
     text = next((str(value) for name, value in row.items() if name != column), "")
     start = f" ({' '.join(text.split())[:40]!r})" if text else ""
     return (
-        f"split {split!r} row {number}{start}: {column} {label!r} never occurs in the {len(ordered)} "
+        f"{start}: {column} {label!r} never occurs in the {len(ordered)} "
         f"{'tags' if column == 'tags' else 'classes'} of split 'train'; the nearest is {near!r}"
     )
 

@@ -17,6 +17,7 @@ from niwaki.data.columns import (
     OF_PLAIN_TEXT,
     TOGETHER,
     check_text,
+    labels_of,
     values_of,
 )
 from niwaki.data.names import Origin, Spec, origin_of, roots
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
+CLASSES = ("label", "labels", "tags")  # columns whose texts are classes
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ class Needs:
             raise ValueError(f"is no JSON object{problem}; give {self.example}")
         (column,) = self.required
         return self.checked({column: OF_PLAIN_TEXT.get(column, str)(text)})
+
+
+def is_text(rows: "Dataset", column: str) -> bool:
+    """Whether a column holds texts, or lists of texts."""
+    kind = rows.features[column]
+    return str(getattr(getattr(kind, "feature", kind), "dtype", "")) == "string"
 
 
 def _flat(pair: Sequence[Any]) -> list[Any]:
@@ -230,6 +238,7 @@ class Source(abc.ABC):
         if self.skip_empty:
             found = {split: self._filled(split, rows, kept, needs) for split, rows in found.items()}
         checked = {split: self._checked(split, rows, kept, needs) for split, rows in found.items()}
+        self._check_labels(found, checked)
         whole = self._carved(checked, seed)
         return {split: self._sampled(split, whole[split], seed) for split in SPLITS}
 
@@ -315,6 +324,12 @@ class Source(abc.ABC):
                         check(*pair)
                     except ValueError as wrong:
                         raise DataError(f"{self.place(split, number, rows[number - 1])}: {wrong}") from None
+
+    def _check_labels(self, found: "dict[str, Dataset]", checked: "dict[str, Dataset]") -> None:
+        """Refuse a class that no training row has, while it can be said where it stands."""
+        for column in CLASSES:
+            if all(column in rows.column_names for rows in checked.values()) and is_text(checked["train"], column):
+                labels_of(checked, column, lambda split, number: self.place(split, number, found[split][number - 1]))
 
     def _carved(self, found: "dict[str, Dataset]", seed: int) -> "dict[str, Dataset]":
         if "train" not in found:
