@@ -84,9 +84,12 @@ def answered(model: Any, values: Tensor, *, optimized: bool = True) -> list[np.n
     import onnx_ir as ir
     import onnxruntime
 
+    from niwaki.export.runner import made_exact
+
     options = onnxruntime.SessionOptions()
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    made_exact(options)
     text = ir.serde.serialize_model(model).SerializeToString()
     found: list[Any] = onnxruntime.InferenceSession(text, options).run(None, {"x": values.numpy()})
     return found

@@ -18,6 +18,7 @@ ir = pytest.importorskip("onnx_ir")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from niwaki.export import lowering  # noqa: E402
+from niwaki.export.runner import sums_are_exact  # noqa: E402
 
 
 def stored(model: Any) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def stored(model: Any) -> dict[str, Any]:
 def test_it_says_what_the_linear_says(
     bits: int, group: int | None, activation_bits: int | None, kernels: str, optimized: bool
 ) -> None:
+    if activation_bits and not optimized and not sums_are_exact():
+        pytest.skip("without VNNI it takes an optimization of the graph to sum exactly")
     linear, values = integers(bits, group, activation_bits), rows()
     (found,) = answered(lowered(linear, 25 if bits == 2 else 21, kernels), values, optimized=optimized)
     expected = linear(values).detach()

@@ -252,7 +252,7 @@ def test_whether_sums_are_exact_is_asked_of_the_runtime(monkeypatch: pytest.Monk
 
         def run(self, *given: Any) -> list[Any]:
             (sums,) = self.session.run(*given)
-            assert sums.max() == 255 * 127 * 64
+            assert sums.max() in (255 * 127 * 64, 32767 * 32)  # that is where it is clipped without VNNI
             return [np.minimum(sums, 32767 * 32)]
 
     session = onnxruntime.InferenceSession

@@ -214,10 +214,15 @@ def session_of(file: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     # Threads that spin while they wait take the processor from whoever has the next turn.
-    precise = {} if sums_are_exact() else PRECISE
-    for key, value in {**precise, "session.intra_op.allow_spinning": "0"}.items():
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(file), made_exact(options), providers=["CPUExecutionProvider"])
+
+
+def made_exact(options: Any) -> Any:
+    """The options of a session, with what lets it sum products of codes exactly where it would not by itself."""
+    for key, value in ({} if sums_are_exact() else PRECISE).items():
         options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def runtime_of_sessions() -> str:
