@@ -71,6 +71,15 @@ def test_every_option_lists_every_setting(group: str, option: str) -> None:
     assert set(node) - {"_target_", "defaults"} == declared
 
 
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "task"])
+def test_a_task_starts_alike_from_its_file_and_from_python(option: str) -> None:
+    node = yaml.safe_load((FOLDER / "task" / f"{option}.yaml").read_text())
+    kind = compose.resolve(node["_target_"], compose.KINDS)
+    plain = {name: list(one) if isinstance(one, tuple) else one for name, one in dataclasses.asdict(kind()).items()}
+    taken = {name for name, value in node.items() if str(value).startswith("${")}  # from the rest of the config
+    assert {name: plain[name] for name in plain.keys() - taken} == {name: node[name] for name in plain.keys() - taken}
+
+
 def test_a_nested_option_stands_under_its_own_name() -> None:
     """With that of its group before it where another group has an option of the same name."""
     paths = list((FOLDER / "compression").rglob("*.yaml"))

@@ -18,7 +18,7 @@ from niwaki.compression.quantize.float8 import Float8
 from niwaki.compression.quantize.floats import FloatLinear
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.integers import IntegerLinear
-from niwaki.compression.quantize.kernels import PRODUCTS, is_exact
+from niwaki.compression.quantize.kernels import PRODUCTS, product_of
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.export.export import ExportError
@@ -103,7 +103,7 @@ def test_integer_products_are_refused_where_sums_are_not_exact(
         (tmp_path / name).mkdir()
         made(setting, tmp_path / name, "bert", "classification", *stages)
         card = json.loads((tmp_path / name / "torch" / "export.json").read_text())
-        assert card["integer_products"] == (expected and is_exact(PRODUCTS["cpu"]))
+        assert card["integer_products"] == (expected and product_of("cpu") is PRODUCTS["cpu"])
     card["integer_products"] = True
     (tmp_path / "dense" / "torch" / "export.json").write_text(json.dumps(card))
     monkeypatch.setattr("niwaki.export.torch.is_exact", lambda _: False)

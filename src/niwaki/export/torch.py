@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
-from niwaki.compression.quantize.kernels import PRODUCTS, is_exact
+from niwaki.compression.quantize.kernels import PRODUCTS, IntegerProduct, is_exact
 from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, OfTable
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
@@ -38,8 +38,8 @@ COMPILERS = ("g++", "clang++", "c++")
 class TorchExport(Export):
     """An ExportedProgram for any number of rows and tokens, or with `compile` a shared library of it by AOTInductor.
 
-    Where linears run on integers here (`integer_products` in `export.json`), so do those of the file, which needs a CPU
-    whose sums of `torch._int_mm` are exact.
+    Where linears run on `torch._int_mm` here (`integer_products` in `export.json`), so do those of the file, which
+    needs a CPU whose sums are exact.
     """
 
     paper: ClassVar[str] = "Ansel et al. 2024, doi:10.1145/3620665.3640366"
@@ -108,7 +108,7 @@ def exported(model: Any, example: Mapping[str, Tensor]) -> Any:
 
 
 class TracedIntegers(nn.Module):
-    """What IntegerLinear computes, of buffers alone: codes as int8, (in, out) where the product is one of integers."""
+    """What IntegerLinear computes, of buffers alone: codes as int8, (in, out) where their sums are taken."""
 
     weight = None  # T5 asks for the type of a linear's weight, where it has one
     codes: Tensor
@@ -120,9 +120,10 @@ class TracedIntegers(nn.Module):
     def __init__(self, module: IntegerLinear | IntegerTable, bias: Tensor | None = None) -> None:
         super().__init__()
         self.activation_bits = getattr(module, "activation_bits", None)
-        self.integers = getattr(module, "runs_on_integers", False) and getattr(module, "zero", None) is None
+        self.product = getattr(module, "integer_product", None)
+        self.integers = isinstance(self.product, IntegerProduct)
         codes = module.integers()
-        self.register_buffer("codes", codes.t().contiguous() if self.integers else codes.contiguous())
+        self.register_buffer("codes", codes.t().contiguous() if self.product else codes.contiguous())
         self.register_buffer("scale", module.scale.float())
         for name in ("zero", "factor", "input_scale"):
             found = getattr(module, name, None)
@@ -134,10 +135,14 @@ class TracedIntegers(nn.Module):
         if not self.activation_bits:
             return functional.linear(values, self.dequantized(), self.bias)
         codes, scale = self.rounded(values, largest_code(self.activation_bits))
-        if not self.integers:
+        if not self.product:
             return functional.linear(codes * scale, self.dequantized(), self.bias)
-        flat = codes.flatten(0, -2).to(torch.int8)
-        product = torch._int_mm(flat, self.codes).float().unflatten(0, values.shape[:-1])
+        flat = codes.flatten(0, -2)
+        if self.integers:
+            sums = torch._int_mm(flat.to(torch.int8), self.codes)
+        else:
+            sums = self.product(flat, self.codes.float(), self.codes.shape[1])
+        product = sums.float().unflatten(0, values.shape[:-1])
         product = product * scale * self.scale[:, 0]
         return product if self.bias is None else product + self.bias
 

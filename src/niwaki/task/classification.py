@@ -31,6 +31,7 @@ class Classification(Headed):
     against_contradiction: bool | None = None
     demonstrations: int | None = None
     calibrate: bool | None = None
+    lr: float = 1e-4
 
     @property
     def metric(self) -> str:  # type: ignore[override]

@@ -15,6 +15,7 @@ from niwaki.data.columns import labels_of
 from niwaki.data.source import Needs
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.headed import Headed
+from niwaki.task.tables import class_scores
 from niwaki.task.task import Batch, Rows, Scores, alike
 
 
@@ -31,6 +32,8 @@ class MultiLabel(Headed):
     paper: ClassVar[str] = "Tsoumakas & Katakis 2007"
 
     threshold: float = 0.5
+    epochs: int = 5
+    lr: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,21 +127,5 @@ class LabelScores(Scores):
         return {name: float(value) for name, value in found.items()} | others
 
     def report(self) -> dict[str, Any]:
-        from sklearn.metrics import precision_recall_fscore_support
-
-        true = torch.cat(self._true).numpy()
-        given = (torch.cat(self._found).sigmoid() > self._threshold).numpy()
-        names = ("precision", "recall", "f1", "support")
-
-        def row(values: Sequence[Any], support: float) -> dict[str, float]:
-            return dict(zip(names, [*map(float, values[:3]), support], strict=True))
-
-        each = zip(*precision_recall_fscore_support(true, given, average=None, zero_division=0), strict=True)
-        total = float(true.sum())
-        return {
-            "per_class": {label: row(one, float(one[3])) for label, one in zip(self._labels, each, strict=True)},
-            "averages": {
-                name: row(precision_recall_fscore_support(true, given, average=name, zero_division=0), total)
-                for name in ("micro", "macro", "weighted")
-            },
-        }
+        given = torch.cat(self._found).sigmoid() > self._threshold
+        return class_scores(torch.cat(self._true).int().numpy(), given.int().numpy(), self._labels)

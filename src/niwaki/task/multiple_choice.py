@@ -29,6 +29,8 @@ class MultipleChoice(Task):
     as_headed: ClassVar[bool] = False
     paper: ClassVar[str] = "Radford et al. 2018; Talmor et al. 2019, arXiv:1811.00937"
 
+    epochs: int = 5
+    lr: float = 1e-4
     batch_size: int = 16
 
     def outputs(self, labels: Sequence[str]) -> Sequence[str]:

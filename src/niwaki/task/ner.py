@@ -62,6 +62,7 @@ class NER(Task):
     overlap: float | None = 0.25
     scheme: Literal["iob2", "bioes"] | None = None
     casing: bool = False
+    lr: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,6 +55,7 @@ class QuestionAnswering(Task):
     null_threshold: float = 0.0
     best: int = 20
     language: Literal["en", "zh"] | None = None
+    lr: float = 1e-4
     batch_size: int = 16
 
     def __post_init__(self) -> None:

@@ -28,6 +28,9 @@ class Regression(Task):
     metric: ClassVar[str] = "pearson"
     paper: ClassVar[str] = "Cer et al. 2017, arXiv:1708.00055"
 
+    epochs: int = 5
+    lr: float = 1e-4
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing:

@@ -43,6 +43,8 @@ class Relation(Task):
 
     marks: Sequence[str] = ("$", "#")
     other: str | None = "Other"
+    epochs: int = 5
+    lr: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,6 +53,7 @@ class Retrieval(Task):
 
     temperature: float = 0.05
     separator: str = "; "
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,6 +47,7 @@ class SpanCorruption(Task):
     noise_share: float = 0.15
     mean_span: float = 3.0
     max_new_tokens: int = 64
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki import packing
-from niwaki.compression.quantize.kernels import IntegerProduct, integer_product
+from niwaki.compression.quantize.kernels import Product, integer_product
 from niwaki.compression.quantize.layout import Layout, Zero, values_of
 from niwaki.edits import Edit
 from niwaki.stage import Context, Phase
@@ -225,7 +225,7 @@ class IntegerLinear(Packed):
     input_scale: Tensor | None
     holds: ClassVar[str] = "integer codes"
     weight = None  # T5 asks for the type of a linear's weight, where it has one
-    _product: IntegerProduct | None = None  # which takes the operand
+    _product: Product | None = None  # which takes the operand
 
     def __init__(
         self, in_features: int, out_features: int, *, bits: int, group: int | None,
@@ -253,7 +253,7 @@ class IntegerLinear(Packed):
         self.register_buffer("input_scale", torch.ones(()) if one_scale else None)
 
     @property
-    def integer_product(self) -> IntegerProduct | None:
+    def integer_product(self) -> Product | None:
         """What multiplies the codes where they are; None: the weight is dequantized."""
         return integer_product(self.scale.device, self.layout, self.activation_bits, self.in_features)
 
@@ -333,7 +333,8 @@ class IntegerLinear(Packed):
             return functional.linear(values, self._operand, self.bias)
         codes, scale = self._input_codes(values.reshape(-1, self.in_features))
         if self._product:
-            sums = self._product(codes.to(torch.int8), self._operand, self.out_features)
+            with torch.autocast(codes.device.type, enabled=False):
+                sums = self._product(codes, self._operand, self.out_features)
             product = sums.float().mul_(scale).mul_(self.scale[:, 0])
             product = product if self.bias is None else product.add_(self.bias)
         else:
