@@ -55,9 +55,9 @@ all() { # as many rows as take five minutes on two cores
   rows conll2003 ner/conll2003 task=ner data.limit=2000
   rows cluener ner/cluener task=ner data.limit=1000
   rows semeval2010_task8 relation_extraction/semeval2010_task8 task=relation data.limit=1200
-  rows squad question_answering/squad_v2_half_dev task=question_answering task.null_threshold=inf data.limit=400
+  rows squad question_answering/squad_v2_half_dev task=question_answering task.null_threshold=null data.limit=400
   again xquad squad "$data/question_answering/xquad/test.jsonl"
-  rows cmrc2018 question_answering/cmrc2018 task=question_answering task.null_threshold=inf data.skip_empty=true data.limit=150
+  rows cmrc2018 question_answering/cmrc2018 task=question_answering task.null_threshold=null data.skip_empty=true data.limit=150
   rows commonsense_qa commonsense/commonsense_qa task=multiple_choice data.limit=500
   rows arc_easy commonsense/arc_easy task=multiple_choice data.limit=500
   rows copa commonsense/copa task=multiple_choice
@@ -66,7 +66,7 @@ all() { # as many rows as take five minutes on two cores
   rows afqmc chinese/afqmc data.limit=2000
   rows chnsenticorp chinese/chnsenticorp data.limit=500
   rows tnews chinese/tnews_fewclue trainer.max_epochs=10
-  writes g2p translation/g2p_lexicon_us "$bart" task=translation data.limit=300
+  writes g2p translation/g2p_lexicon_us "$bart" task=translation task.max_length=64 task.max_target_length=64 data.limit=300
   local small=(optimizer.lr=1e-3 data.limit=200) # of a model of 260,000 parameters
   writes multi30k translation/multi30k_en_de "$llama" task=translation "${small[@]}"
   writes samsum summarization/samsum "$llama" task=summarization "${small[@]}"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from niwaki import compose
 from niwaki.errors import ConfigError, DataError
 from niwaki.task.question_answering import AnswerScores, QuestionAnswering, ends_of
 from niwaki.task.spans import Best, Span, chinese, english, longest_run, spans_of, units, without_signs
@@ -118,12 +119,20 @@ def test_the_best_over_windows_and_no_answer() -> None:
     assert best.answer(-1.5).text == ""
     best.add([Span("", None, 9.0)])
     assert best.answer(0.0).text == "a"
+    assert best.answer(-100.0).text == ""
+    assert best.answer(None).text == "a"
     chances = best.chances()
     assert [span.text for span, _ in chances] == ["a", "b", ""]
     assert [chance for _, chance in chances] == pytest.approx(torch.tensor([3.0, 2.5, 2.0]).softmax(0).tolist())
     empty = Best(3)
     empty.add([Span("", None, -5.0)])
-    assert empty.answer(0.0).text == ""
+    assert empty.answer(0.0).text == empty.answer(None).text == ""
+
+
+def test_that_there_always_is_an_answer_can_be_set() -> None:
+    task = compose.build(compose.compose(["task=question_answering", "task.null_threshold=null"]).config).task
+    assert isinstance(task, QuestionAnswering)
+    assert task.null_threshold is None
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ class QuestionAnswering(Task):
     of it. One without the answer, or whose end is cut, is to point at its first token, as a question without an answer
     is in all windows. The answer is the span of at most `max_answer_length` tokens with the highest sum of the logits
     of its two ends over all windows; none where the sum at the first token, the least over windows, is above it by
-    more than `null_threshold`. `best` spans are considered in a window and shown by niwaki predict. `language`: zh
-    compares answers by characters, as CMRC 2018 does (Cui et al. 2019, arXiv:1810.07366), en by words, as SQuAD; null:
-    zh where what is right has a Chinese character.
+    more than `null_threshold`; null: there always is an answer. `best` spans are considered in a window and shown by
+    niwaki predict. `language`: zh compares answers by characters, as CMRC 2018 does (Cui et al. 2019,
+    arXiv:1810.07366), en by words, as SQuAD; null: zh where what is right has a Chinese character.
     """
 
     needs: ClassVar[Needs] = Needs(required=("context", "question", "answers"))
@@ -52,7 +52,7 @@ class QuestionAnswering(Task):
     max_length: int = 384
     stride: int = 128
     max_answer_length: int = 30
-    null_threshold: float = 0.0
+    null_threshold: float | None = 0.0
     best: int = 20
     language: Literal["en", "zh"] | None = None
     lr: float = 1e-4

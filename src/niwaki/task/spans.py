@@ -41,10 +41,11 @@ class Best:
             if key not in self._spans or span.score > self._spans[key].score:
                 self._spans[key] = span
 
-    def answer(self, threshold: float) -> Span:
-        """The best span, or no answer where that scores higher by more than `threshold`."""
-        best = max(self._spans.values(), key=lambda one: one.score, default=None)
-        return self._nothing if best is None or self._nothing.score > best.score + threshold else best
+    def answer(self, threshold: float | None) -> Span:
+        """The best span, or no answer where that scores higher by more than `threshold`, if it is not None, or where
+        there is no span."""
+        best = max(self._spans.values(), key=lambda one: one.score, default=self._nothing)
+        return best if threshold is None or self._nothing.score <= best.score + threshold else self._nothing
 
     def chances(self) -> list[tuple[Span, float]]:
         """The spans and no answer, best first, with the softmax of their scores."""
