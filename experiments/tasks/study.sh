@@ -67,18 +67,18 @@ all() { # as many rows as take five minutes on two cores
   rows chnsenticorp chinese/chnsenticorp data.limit=500
   rows tnews chinese/tnews_fewclue trainer.max_epochs=10
   writes g2p translation/g2p_lexicon_us "$bart" task=translation task.max_length=64 task.max_target_length=64 data.limit=300
-  local small=(optimizer.lr=1e-3 data.limit=200) # of a model of 260,000 parameters
-  writes multi30k translation/multi30k_en_de "$llama" task=translation "${small[@]}"
-  writes samsum summarization/samsum "$llama" task=summarization "${small[@]}"
-  writes scitldr summarization/scitldr_a "$llama" task=summarization "${small[@]}"
-  writes dailydialog dialogue/dailydialog "$llama" task=dialogue "${small[@]}"
-  writes personachat dialogue/personachat_val_test "$llama" task=dialogue "${small[@]}"
-  writes e2e table_to_text/e2e_nlg "$llama" task=table_to_text "${small[@]}"
-  writes gsm8k math/gsm8k "$llama" task=summarization data.columns.source=question data.columns.target=answer "${small[@]}"
+  local small=(optimizer.lr=1e-3 data.batch_size=16 trainer.max_epochs=5) # of a model of 260,000 parameters
+  writes multi30k translation/multi30k_en_de "$llama" task=translation "${small[@]}" data.limit=400
+  writes samsum summarization/samsum "$llama" task=summarization "${small[@]}" data.limit=200
+  writes scitldr summarization/scitldr_a "$llama" task=summarization "${small[@]}" data.limit=200
+  writes dailydialog dialogue/dailydialog "$llama" task=dialogue "${small[@]}" data.limit=400
+  writes personachat dialogue/personachat_val_test "$llama" task=dialogue "${small[@]}" data.limit=400
+  writes e2e table_to_text/e2e_nlg "$llama" task=table_to_text "${small[@]}" data.limit=400
+  writes gsm8k math/gsm8k "$llama" task=summarization data.columns.source=question data.columns.target=answer "${small[@]}" data.limit=400
   local code=(task=code_generation task.max_length=320 task.max_target_length=192 optimizer.lr=1e-3)
   writes mbpp code_generation/mbpp "$llama" "${code[@]}"
   [ -z "$llama" ] || again humaneval mbpp "$data/code_generation/humaneval/test.jsonl"
-  chats alpaca "$llama" optimizer.lr=1e-3 data.limit=200
+  chats alpaca "$llama" "${small[@]}" data.limit=400
 }
 names() {
   run names-dense ner/conll2003 jsonl +experiment=ner_conll2003
