@@ -54,6 +54,10 @@ class Packed(nn.Module, abc.ABC):
         linear.bias = self.bias
         replace_module(model, name, linear)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made for the products of this machine."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_operand", "_product")}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
         self._operand = None
         return super()._apply(fn, recurse)

@@ -63,7 +63,7 @@ def test_the_machine_that_exports_makes_no_difference(monkeypatch: pytest.Monkey
     """Sums of integers stay so in the file where the CPU has no kernel of torch's that gives them exactly."""
     monkeypatch.setattr(kernels, "product_of", lambda _: None)
     linear = integers(8, None, 8)
-    assert not linear.runs_on_integers
+    assert linear.integer_product is None
     assert [node.op_type for node in lowered(linear).graph].count("MatMulInteger") == 1
 
 

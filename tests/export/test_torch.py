@@ -14,11 +14,12 @@ import torch
 from exported import IN, by_hand, integers, saved, widened
 
 from niwaki import artifact
+from niwaki.compression.quantize import kernels
 from niwaki.compression.quantize.float8 import Float8
 from niwaki.compression.quantize.floats import FloatLinear
 from niwaki.compression.quantize.int8 import Int8
 from niwaki.compression.quantize.integers import IntegerLinear
-from niwaki.compression.quantize.kernels import PRODUCTS, product_of
+from niwaki.compression.quantize.kernels import FLOATS, PRODUCTS, Product
 from niwaki.compression.quantize.qat import QAT
 from niwaki.errors import ConfigError
 from niwaki.export.export import ExportError
@@ -61,15 +62,21 @@ def test_it_says_what_the_artifact_says(
     assert b"site-packages" not in text
 
 
+@pytest.mark.parametrize("product", [FLOATS, PRODUCTS["cpu"]])
+@pytest.mark.parametrize("width", [16, 2112])  # that floats sum in three parts
 @pytest.mark.parametrize("activation_bits", [None, 8, 4])
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 8), (2, None)])
-def test_each_product_is_that_of_the_linear(bits: int, group: int | None, activation_bits: int | None) -> None:
+def test_each_product_is_that_of_the_linear(
+    bits: int, group: int | None, activation_bits: int | None, width: int, product: Product,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "product_of", lambda _: product)
     linear = IntegerLinear(
-        16, 6, bits=bits, group=group, activation_bits=activation_bits, bias=torch.nn.Parameter(torch.randn(6))
+        width, 6, bits=bits, group=group, activation_bits=activation_bits, bias=torch.nn.Parameter(torch.randn(6))
     )
     top = 2 ** (bits - 1) - 1
-    linear.store(torch.randint(-top, top + 1, (6, 16), dtype=torch.int8), torch.rand(6, 16 // (group or 16)))
-    values = torch.randn(20, 3, 16)
+    linear.store(torch.randint(-top, top + 1, (6, width), dtype=torch.int8), torch.rand(6, width // (group or width)))
+    values = torch.randn(20, 3, width)
     values[0, 0] = 0.0
     torch.testing.assert_close(TracedIntegers(linear)(values), linear(values), rtol=0, atol=0)
 
@@ -97,15 +104,23 @@ def test_inputs_of_8_bit_floats_are_rounded(setting: Callable[..., Any], tmp_pat
 
 
 def test_integer_products_are_refused_where_sums_are_not_exact(
-    setting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, stages, expected in (("int8", [Int8()], True), ("dense", [], False)):
+    for name, stages, product, expected in (
+        ("int8", [Int8()], PRODUCTS["cpu"], True),
+        ("floats", [Int8()], FLOATS, False),
+        ("dense", [], PRODUCTS["cpu"], False),
+    ):
         (tmp_path / name).mkdir()
+        monkeypatch.setattr(kernels, "product_of", lambda _, product=product: product)
         made(setting, tmp_path / name, "bert", "classification", *stages)
         card = json.loads((tmp_path / name / "torch" / "export.json").read_text())
-        assert card["integer_products"] == (expected and product_of("cpu") is PRODUCTS["cpu"])
+        assert card["integer_products"] is expected
     card["integer_products"] = True
     (tmp_path / "dense" / "torch" / "export.json").write_text(json.dumps(card))
+    monkeypatch.setattr("niwaki.export.torch.product_of", lambda _: FLOATS)
+    assert TorchExport().runner(tmp_path / "dense" / "torch")
+    assert "slow on this CPU" in capsys.readouterr().err
     monkeypatch.setattr("niwaki.export.torch.is_exact", lambda _: False)
     with pytest.raises(ExportError, match=r"^its products are those of integers by torch\._int_mm"):
         TorchExport().runner(tmp_path / "dense" / "torch")

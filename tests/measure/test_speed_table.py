@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from lifecycle import write_rows
 
 from niwaki import artifact, compose, pipeline
+from niwaki.compression.quantize.integers import IntegerLinear
 from niwaki.errors import ConfigError
 from niwaki.measure import speed, speed_table
 from niwaki.measure.speed import Measure
-from niwaki.measure.speed_table import Contender, race, resident_mb, speed_command, speed_text
+from niwaki.measure.speed_table import Contender, race, resident_mb, speed_command, speed_text, whole_graph
 
 
 class Rows:
@@ -157,3 +159,32 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
         speed_command(run / "model", 1)
     with pytest.raises(ConfigError, match=r"^speed .*: needs the folder of a run"):
         speed_command(tmp_path, 1)
+
+
+class Three(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (
+            IntegerLinear(16, 16, bits=8, group=None, activation_bits=8, bias=None) for _ in range(3)
+        )
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.third(self.second(self.first(values)))
+        return found
+
+
+def test_a_compiled_artifact_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is made of the codes once breaks it."""
+    graphs: list[Any] = []
+
+    def kept(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=kept))
+    model, values = Three(), torch.randn(5, 16)
+    run = whole_graph(model)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(run(values=values), model(values))
+    assert len(graphs) == 1

@@ -198,7 +198,7 @@ def test_a_teacher_in_integers(setting: Callable[..., Any], family: str) -> None
     expected, names = one.logits(), list(Anatomy.of(one.model).linears())
     teacher = Teacher(one.model, "int8")
     linears = [one.model.get_submodule(name) for name in names]
-    assert all(isinstance(linear, IntegerLinear) and linear.runs_on_integers for linear in linears)
+    assert all(isinstance(linear, IntegerLinear) and linear.integer_product for linear in linears)
     said = teacher(one.batch()).outputs.logits
     assert not torch.equal(said, expected)
     assert (said - expected).abs().max() < 0.03

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from niwaki.compression.quantize.integers import IntegerLinear, largest_code
-from niwaki.compression.quantize.kernels import PRODUCTS, IntegerProduct, is_exact
+from niwaki.compression.quantize.kernels import PRODUCTS, IntegerProduct, is_exact, product_of
 from niwaki.compression.quantize.tables import IntegerEmbedding, IntegerTable, OfTable
+from niwaki.console import notice
 from niwaki.errors import ConfigError
 from niwaki.export.export import Export, ExportError
 from niwaki.export.graphs import whole
@@ -38,8 +39,9 @@ COMPILERS = ("g++", "clang++", "c++")
 class TorchExport(Export):
     """An ExportedProgram for any number of rows and tokens, or with `compile` a shared library of it by AOTInductor.
 
-    Where linears run on `torch._int_mm` here (`integer_products` in `export.json`), so do those of the file, which
-    needs a CPU whose sums are exact.
+    The file has the products of the machine that writes it: where linears run on `torch._int_mm` here
+    (`integer_products` in `export.json`) so do those of the file, which needs a CPU whose sums are exact and fast;
+    elsewhere they are exact sums of floats, on other CPUs too. Codes become floats in each call.
     """
 
     paper: ClassVar[str] = "Ansel et al. 2024, doi:10.1145/3620665.3640366"
@@ -75,9 +77,11 @@ class TorchExport(Export):
         card = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         if card["integer_products"] and not is_exact(PRODUCTS["cpu"]):
             raise ExportError(
-                "its products are those of integers by torch._int_mm, whose sums are not exact on this CPU; needs one "
-                "with VNNI, or a file that was exported here"
+                "its products are those of integers by torch._int_mm, whose sums are not exact on this CPU; needs a "
+                "file that was exported here"
             )
+        if card["integer_products"] and product_of("cpu") is not PRODUCTS["cpu"]:
+            notice("its products of integers by torch._int_mm are slow on this CPU; a file exported here has others")
         if self.compile:
             compiled = torch._inductor.aoti_load_package(str(folder / LIBRARY))
             return TorchRunner(compiled, card["inputs"], f"AOTInductor {torch.__version__}", by_name=False)
@@ -102,8 +106,10 @@ def exported(model: Any, example: Mapping[str, Tensor]) -> Any:
                 program = run(prefer_deferred_runtime_asserts_over_guards=True)
     except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
         raise ExportError(f"this {model.config.model_type} cannot be traced ({cause(error)})") from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)
     return program
 
 

@@ -68,7 +68,20 @@ def load(folder: str, format: str | None, settings: Mapping[str, Any], *, compil
 
         return chosen(format, [f"{name}={json.dumps(value)}" for name, value in settings.items()]).runner(Path(folder))
     model = artifact.load(folder).model
-    return torch.compile(model, dynamic=True) if compiled else model
+    return whole_graph(model) if compiled else model
+
+
+def whole_graph(model: Any) -> Any:
+    """The model, compiled after its first inputs: what products take is made in a first pass, which breaks a graph."""
+    compiled, ran = torch.compile(model, dynamic=True), False
+
+    def run(**inputs: Any) -> Any:
+        nonlocal ran
+        if not ran:
+            ran = model(**inputs) is not None
+        return compiled(**inputs)
+
+    return run
 
 
 def speed_table(recipe: Recipe, corpus: Corpus, folder: Path, repeats: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Teacher:
     It runs once for each batch, however many terms ask: `terms` of them have it, and what it said is let go when all
     have asked but those that `only_say`.
     fp32 follows the autocast around it. bf16 and int8 run as they are: all weights in bf16, or the linears of the
-    blocks in 8-bit integers as quantize/int8 has them (an integer product on a CPU, one of rounded numbers on a GPU).
+    blocks in 8-bit integers as quantize/int8 has them, which are faster where the device multiplies integers fast.
     """
 
     def __init__(self, model: Any, precision: Precision = "fp32", field: str = "teacher") -> None:

@@ -128,4 +128,4 @@ class LabelScores(Scores):
 
     def report(self) -> dict[str, Any]:
         given = torch.cat(self._found).sigmoid() > self._threshold
-        return class_scores(torch.cat(self._true).int().numpy(), given.int().numpy(), self._labels)
+        return class_scores(torch.cat(self._true).int().numpy(), given.int().numpy(), self._labels, several=True)

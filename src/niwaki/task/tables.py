@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 
-
-def class_scores(true: Any, found: Any, labels: Sequence[str]) -> dict[str, Any]:
+def class_scores(true: Any, found: Any, labels: Sequence[str], *, several: bool = False) -> dict[str, Any]:
     """`per_class`: precision, recall, f1 and support of each label, in this order; `averages`: micro (of one label each
     the accuracy), macro and weighted.
 
-    `true` and `found`: a label for each of as many positions, or of several labels each an array (rows, labels) of ones
-    and zeros.
+    `true` and `found`: a label for each of as many positions; where there may be `several`, arrays (rows, labels) of
+    ones and zeros.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
     names = ("precision", "recall", "f1", "support")
-    several = np.ndim(true) == 2
 
     def scored(average: str | None) -> tuple[Any, ...]:
         found_by: tuple[Any, ...] = precision_recall_fscore_support(
@@ -26,9 +23,12 @@ def class_scores(true: Any, found: Any, labels: Sequence[str]) -> dict[str, Any]
         )
         return found_by
 
-    each = {label: row for label, row in zip(labels, zip(*scored(None), strict=True), strict=True)}
+    each = dict(zip(labels, zip(*scored(None), strict=True), strict=True))
     total = sum(row[-1] for row in each.values())
     averages = {average: (*scored(average)[:3], total) for average in ("micro", "macro", "weighted")}
+    if not several:  # what is found may be none of the labels
+        hits = sum(one == other for one, other in zip(true, found, strict=True)) / len(true)
+        averages["micro"] = (hits, hits, hits, len(true))
 
     def named(table: dict[str, Any]) -> dict[str, dict[str, float]]:
         return {key: dict(zip(names, map(float, row), strict=True)) for key, row in table.items()}

@@ -201,7 +201,7 @@ def test_what_was_chosen_is_what_is_stored(
     assert torch.allclose(integer(values), chained, atol=2e-6)
     again.load_state_dict(integer.state_dict())
     assert torch.equal(again(values), integer(values))
-    assert again.runs_on_integers == (activation_bits == 8 and group is None and layout.symmetric)
+    assert (again.integer_product is not None) == (activation_bits == 8 and group is None and layout.symmetric)
 
 
 def test_inputs_beyond_one_scale_are_clipped() -> None:
@@ -256,7 +256,7 @@ def test_what_is_stored_is_the_folded_weight_bit_for_bit(bits: int, group: int |
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_integer_product_is_exact(bits: int, bias: bool, rows: int) -> None:
     integer, codes, scale = integer_linear(bits, None, 8, bias=bias)
-    assert integer.runs_on_integers
+    assert integer.integer_product
     values = torch.randn(rows, 24)
     tokens = values.abs().amax(1, keepdim=True) / 127
     rounded = (values / tokens).round().clamp(-127, 127).to(torch.int64)

@@ -214,8 +214,8 @@ class IntegerLinear(Packed):
     `codes`: int8 (out, in) for 8 bits, else a uint8 stream with nothing between the codes. `scale`: (out, groups), and
     as `zero`, where there is one: int8, or real numbers. `factor`: (in,), or None. `input_scale`: (), or None where
     activations are rounded token by token.
-    Where a kernel is there for the codes (`kernels.py`) the product runs on integers; otherwise on the dequantized
-    weight. `shared`, in place of `codes`, holds the values that codes are rounded from.
+    Where a kernel is there for the codes (`kernels.py`) their products are summed, exactly; otherwise the product is
+    one of the dequantized weight. `shared`, in place of `codes`, holds the values that codes are rounded from.
     """
 
     codes: Tensor
@@ -254,13 +254,8 @@ class IntegerLinear(Packed):
 
     @property
     def integer_product(self) -> Product | None:
-        """What multiplies the codes where they are; None: the weight is dequantized."""
+        """What sums products of the codes; None: the weight is dequantized."""
         return integer_product(self.scale.device, self.layout, self.activation_bits, self.in_features)
-
-    @property
-    def runs_on_integers(self) -> bool:
-        """Whether the product is an integer one, rather than one of the dequantized weight."""
-        return self.integer_product is not None
 
     @property
     def kernel(self) -> str:
@@ -333,8 +328,7 @@ class IntegerLinear(Packed):
             return functional.linear(values, self._operand, self.bias)
         codes, scale = self._input_codes(values.reshape(-1, self.in_features))
         if self._product:
-            with torch.autocast(codes.device.type, enabled=False):
-                sums = self._product(codes, self._operand, self.out_features)
+            sums = self._product(codes, self._operand, self.out_features)
             product = sums.float().mul_(scale).mul_(self.scale[:, 0])
             product = product if self.bias is None else product.add_(self.bias)
         else:

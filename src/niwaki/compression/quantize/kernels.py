@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from niwaki.compression.quantize.layout import Layout
 
 LARGEST_SUM = 2**31 - 1  # that an int32 holds
-PART = 1024  # inputs, whose products of two codes of 8 bits sum to 2^24 at most: fp32 holds every integer up to there
+LARGEST_WHOLE = 2**24  # up to which fp32 holds every integer
+SLOW = 4  # times as long as products of floats
 FLOAT_ORDER = 1e-4  # off by, where sums are taken in another order: of the largest logit where that is above 1
 FLIPPED = 0.05  # where such a sum decides how an activation is rounded, which then moves by a whole code
 
@@ -34,7 +35,8 @@ def agreement(activation_bits: int | None) -> float:
 
 
 class Product(abc.ABC):
-    """int8 codes (tokens, in) x int8 codes (out, in) -> their sums (tokens, out), exact, as int32 or whole fp32."""
+    """Sums of products of codes (tokens, in), numbers of any type, with int8 codes (out, in): (tokens, out), exact, as
+    int32 or as floats that are whole."""
 
     @property
     @abc.abstractmethod
@@ -43,11 +45,11 @@ class Product(abc.ABC):
 
     @abc.abstractmethod
     def operand(self, codes: Tensor) -> Tensor:
-        """What the product takes of codes (out, in): (in, out)."""
+        """What the product takes of the weight's codes (out, in): (in, out)."""
 
     @abc.abstractmethod
     def __call__(self, codes: Tensor, operand: Tensor, outputs: int) -> Tensor:
-        """The sums for input codes (tokens, in), of any type, with an operand that has so many outputs."""
+        """The sums, with an operand that has so many outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +80,32 @@ class IntegerProduct(Product):
         return torch._int_mm(codes, operand)[:tokens, :outputs]
 
 
+@dataclass(frozen=True, kw_only=True)
 class FloatProduct(Product):
-    """By products of fp32 that hold the codes, `PART` inputs each, in which no order of sums can be off: for CPUs whose
-    kernel for integers is none. No autocast may be around it."""
+    """By products of floats that hold the codes, for CPUs whose kernel for integers is slow, or none.
+
+    `part`: inputs of one product, so few that fp32 holds whatever they sum to, and no order of sums can be off. The
+    sums of parts are added in fp64. It holds four bytes for each code.
+    """
+
+    part: int = LARGEST_WHOLE // 128**2
 
     @property
     def name(self) -> str:
-        return "int8 x int8, fp32 products that are exact"
+        return "fp32, exact sums of codes"
 
     def operand(self, codes: Tensor) -> Tensor:
         return codes.float().t()
 
     def __call__(self, codes: Tensor, operand: Tensor, outputs: int) -> Tensor:
-        parts = zip(codes.float().split(PART, -1), operand.split(PART), strict=True)
-        sums = [left @ right for left, right in parts]
-        return sums[0] if len(sums) == 1 else sum((part.int() for part in sums[1:]), sums[0].int())
+        with torch.autocast(codes.device.type, enabled=False):
+            codes = codes.float()
+            if len(operand) <= self.part:
+                return codes @ operand
+            sums = codes.new_zeros(len(codes), outputs, dtype=torch.float64)
+            for left, right in zip(codes.split(self.part, -1), operand.split(self.part), strict=True):
+                sums += left @ right
+            return sums
 
 
 def filled(codes: Tensor, rows: int, columns: int) -> Tensor:
@@ -106,39 +119,47 @@ PRODUCTS = {
 }
 
 
+FLOATS = FloatProduct()
+
+
 def sums_are_integers(layout: Layout, activation_bits: int | None, inputs: int) -> bool:
     """Whether the product of codes of this layout is a sum of integers that 32 bits hold, whatever multiplies them:
     activations are rounded, scales do not change along the inputs, and there is no zero."""
     if not activation_bits or layout.group or not layout.symmetric:
         return False
-    return inputs * layout.highest * (2 ** (activation_bits - 1) - 1) <= LARGEST_SUM
+    return inputs * largest_product(layout, activation_bits) <= LARGEST_SUM
+
+
+def largest_product(layout: Layout, activation_bits: int) -> int:
+    """Of a code of the weight and one of an activation."""
+    return layout.highest * (2 ** (activation_bits - 1) - 1)
 
 
 def integer_product(device: torch.device, layout: Layout, activation_bits: int | None, inputs: int) -> Product | None:
     """The kernel for codes of this layout; None where the weight has to be dequantized: their product is no sum of
     integers, or the device has no kernel that gives exact ones."""
-    return product_of(device.type) if sums_are_integers(layout, activation_bits, inputs) else None
+    if activation_bits is None or not sums_are_integers(layout, activation_bits, inputs):
+        return None
+    product = product_of(device.type)
+    if isinstance(product, FloatProduct):
+        return FloatProduct(part=LARGEST_WHOLE // largest_product(layout, activation_bits))
+    return product
 
 
 @cache
 def product_of(device: str) -> Product | None:
-    """The kernel for sums of integers on a kind of device: its own where that is exact, and on a CPU no slower than
-    half of what floats are."""
+    """The kernel for sums of integers on a kind of device: its own where that is exact, and on a CPU not slow."""
     own = PRODUCTS.get(device)
     if own is not None and not is_exact(own):
         own = None
     if device != "cpu":
         return own
-    return own if own and time_of(own) < 2 * time_of(FLOATS) else FLOATS
-
-
-FLOATS = FloatProduct()
+    return own if own and not is_slow(own) else FLOATS
 
 
 @cache
 def is_exact(product: IntegerProduct) -> bool:
-    """Whether the sums are exact here. They are not on CPUs with AVX512 but without VNNI, where oneDNN clips each sum
-    of two products to 16 bits."""
+    """Whether the sums are exact here. oneDNN clips each sum of two products to 16 bits where it may not use VNNI."""
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         most = torch.full((2, 64), 127, dtype=torch.int8, device=product.device)
         most[1] = -127
@@ -146,14 +167,17 @@ def is_exact(product: IntegerProduct) -> bool:
         return found.tolist() == [[64 * 127**2, -64 * 127**2], [-64 * 127**2, 64 * 127**2]]
 
 
-def time_of(product: Product, turns: int = 4) -> float:
-    """Seconds for the sums of a few tokens on a CPU, the least of some turns. Where oneDNN has no kernel for integers
-    (AVX2 alone), torch multiplies one pair of codes after the other, over a hundred times as long as floats take."""
+def is_slow(product: IntegerProduct) -> bool:
+    """Whether floats are much faster on this CPU: with AVX2 alone torch multiplies one pair of codes after the other,
+    tens of times as long as floats take. The fastest of some turns each, taken by turns."""
+    times: dict[Product, list[float]] = {product: [], FLOATS: []}
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        codes, operand = torch.ones(16, 512, dtype=torch.int8), product.operand(torch.ones(512, 512, dtype=torch.int8))
-        times = []
-        for _ in range(turns):
-            start = time.perf_counter()
-            product(codes, operand, 512)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        codes = torch.ones(16, 512, dtype=torch.int8, device="cpu")
+        weight = torch.ones(512, 512, dtype=torch.int8, device="cpu")
+        operands = {one: one.operand(weight) for one in times}
+        for _ in range(8):
+            for one, operand in operands.items():
+                start = time.perf_counter()
+                one(codes, operand, 512)
+                times[one].append(time.perf_counter() - start)
+    return min(times[product]) > SLOW * min(times[FLOATS])
