@@ -84,10 +84,12 @@ names() {
   run names-dense ner/conll2003 jsonl +experiment=ner_conll2003
   run names-qat ner/conll2003 jsonl +experiment=ner_conll2003 compression=quantize/qat
 }
-shots() {
+shots() { # a head has 40 or 80 steps, however many rows there are
+  local few=('seed=0,1,2,3,4' 'data.shots=4,8,16,32' 'task.head=linear,label_embedding,contrastive' optimizer.lr=3e-4
+    data.limit=500 trainer.max_epochs=200)
+  run shots-ag_news topic/ag_news jsonl "${few[@]}" trainer.max_steps=40 data.batch_size=16 task.max_length=64
+  run shots-banking77 intent/banking77 jsonl "${few[@]}" trainer.max_steps=80 data.batch_size=32
   for set in topic/ag_news intent/banking77; do
-    run "shots-${set#*/}" "$set" jsonl data.limit=2000 'seed=0,1,2,3,4' 'data.shots=4,8,16,32' \
-      'task.head=linear,label_embedding,contrastive' trainer.max_epochs=200 trainer.max_steps=200
     run "zero-${set#*/}" "$set" jsonl data.shots=0 task.head=label_embedding
   done
 }
