@@ -66,6 +66,9 @@ def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[st
         (["+tuning.rnak=2"], r"tuning.rnak: no such setting"),
         (["tuning.rnak=2"], r"tuning.rnak: no such setting; did you mean tuning.rank\?"),
         (["tuning=prompt", "tuning.merge=false"], r"tuning.merge: no such setting of the chosen tuning; .*, lora, "),
+        (["task.template=It is: {}"], r"task.template=It is: {}: cannot be read; .* 'task.template=\"It is: {}\"'$"),
+        (["compression=[prune/magnitude"], r"compression=\[prune/magnitude: cannot be read; brackets have to close"),
+        (["lora"], r"'lora': is no override; needs KEY=VALUE$"),
         (["seed=0,1"], r"seed: several values need -m"),
         (
             ["compression=prune/magnitude", "compression.magnitude.sparsity=1.5"],

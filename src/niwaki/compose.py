@@ -28,7 +28,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -376,11 +376,23 @@ def explain(error: Exception) -> str:
         if name and options:
             return f"{group}={name}: no such option{suggestion(name, options)}"
         return f"{missing}: no such config"
+    if isinstance(error, OverrideParseException):
+        return unread(error.override.lstrip("+~"))
     text = str(error)
     if "Could not override" in text or "is not in struct" in text:
         key = text.split("'")[1] if "Could not override" in text else str(getattr(error, "full_key", ""))
         return f"{key}: no such setting{owners(key) or suggestion(key, known_keys(), but=key.rpartition('.')[0])}"
     return first_line(error)
+
+
+def unread(override: str) -> str:
+    """What to write in place of an override that Hydra cannot read."""
+    key, sign, value = override.partition("=")
+    if not sign:
+        return f"{override!r}: is no override; needs KEY=VALUE"
+    if value.startswith(("[", "{")):
+        return f"{key}={value}: cannot be read; brackets have to close, and texts with signs in them need quotes"
+    return f"{key}={value}: cannot be read; a text with signs in it needs quotes within quotes: '{key}=\"{value}\"'"
 
 
 def owners(key: str) -> str:

@@ -63,7 +63,7 @@ def test_a_good_value_becomes_canonical(check: Any, value: Any, canonical: Any) 
     ("check", "value", "message"),
     [
         (CHECKS["labels"], None, "is empty"),
-        (CHECKS["labels"], "a", "is str 'a', must be a list of labels"),
+        (CHECKS["labels"], "a", "is text 'a', must be a list of labels; split(COLUMN, ;) is one of what ; parts"),
         (CHECKS["labels"], ["a", ""], "label 2 is empty"),
         (CHECKS["labels"], ["a", "b", "a"], "has 'a' twice, must name each label once"),
         (columns.check_number, None, "is empty"),

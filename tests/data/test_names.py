@@ -23,6 +23,8 @@ ROW = {
     "f(a)": "called so",
     "{a}": "braced",
     "none": None,
+    "marked": "x; y z ;;",
+    "commas": "x,y",
 }
 
 
@@ -41,6 +43,11 @@ ROW = {
         ("{none}", None, ("none",)),
         ("none.x", None, ("none",)),
         ("position(answer, choices.label)", 1, ("answer", "choices")),
+        ("split(marked, ;)", ["x", "y z"], ("marked",)),
+        ("split(commas)", ["x", "y"], ("commas",)),
+        ("split(commas, ,)", ["x", "y"], ("commas",)),
+        ("split(translation.de, |)", ["Baum"], ("translation",)),
+        ("split(none, ;)", [], ("none",)),
         ("a.b", "dotted", ("a.b",)),
         ("f(a)", "called so", ("f(a)",)),
         ("{a}", "braced", ("{a}",)),
@@ -109,6 +116,7 @@ def test_a_row_is_made_by_its_specs() -> None:
         ({}, {"choices": "choices.txt"}, r"row 1: column 'choices.txt' has no 'txt', is an object with text, label$"),
         ({}, {"choices": ["a", "c"]}, r": no column 'c'; found translation, .*name it with data\.columns\.choices="),
         ({}, {"question": "{translation.fr}"}, r"row 1: column '\{translation.fr\}' has no 'fr', is an object with"),
+        ({}, {"question": "split(lines, ;)"}, r"row 1: column 'split\(lines, ;\)' is a list .* already, must"),
         ({"b": ""}, {"choices": ["a", "b"]}, r"row 1: column '\[a, b\]' choice 2 is empty"),
     ],
 )  # fmt: skip

@@ -52,6 +52,8 @@ def check_words(value: Any) -> list[str]:
 
 def check_labels(value: Any) -> list[str]:
     """A list of classes, none twice, as text; it may be empty."""
+    if isinstance(value, str):
+        raise ValueError(f"is text {value!r:.40}, must be a list of labels; split(COLUMN, ;) is one of what ; parts")
     labels = [check_part(one, check_label, "label", i) for i, one in enumerate(check_list(value, "labels"), start=1)]
     for label in labels:
         if labels.count(label) > 1:

@@ -6,6 +6,7 @@
 | `translation.en`, `choices.text` | a place within it; of a list of objects, the list of what each holds there |
 | `"{premise} Why?"` | a text with the values in it; a list of texts stands there one a line |
 | `[option_a, option_b]` | a list of the values |
+| `split(tags, ;)` | the parts of a text between the marks, commas where none is given; none of an empty text |
 | `position(answer, choices.label)` | where the first value stands in the second, a list; from 0 |
 | `placed(answers, context)` | answers, moved to where their text stands in the context; without those that do not |
 | `called(code, tests)` | the function that the code defines last of those that the tests call |
@@ -15,6 +16,7 @@ import ast
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from niwaki.data.columns import check_answers
@@ -44,7 +46,8 @@ def origin_of(spec: Spec, present: Collection[str]) -> Origin:
     if spec in present:
         return Origin((spec,), lambda value: value)
     if call and call[1] in FUNCTIONS:
-        return joined([origin_of(one.strip(), present) for one in call[2].split(",")], FUNCTIONS[call[1]])
+        given, make = called_with(call)
+        return joined([origin_of(one, present) for one in given], make)
     if FIELD.search(spec):
         fields = [origin_of(name.strip(), present) for name in FIELD.findall(spec)]
         return joined(fields, lambda *values: filled(spec, values))
@@ -52,6 +55,14 @@ def origin_of(spec: Spec, present: Collection[str]) -> Origin:
     if path and root in present:
         return Origin((root,), lambda value: within(value, path))
     return Origin((spec,), lambda value: value)  # which is not there, as its reader will say
+
+
+def called_with(call: re.Match[str]) -> tuple[list[str], Callable[..., Any]]:
+    """The columns that a function is given, and the function."""
+    given = [one.strip() for one in call[2].split(",")]
+    if call[1] != "split":
+        return given, FUNCTIONS[call[1]]
+    return given[:1], partial(split, mark=",".join(given[1:]) or ",")
 
 
 def joined(parts: Sequence[Origin], make: Callable[..., Any]) -> Origin:
@@ -70,7 +81,7 @@ def roots(spec: Spec) -> set[str]:
     if not isinstance(spec, str):
         return {name for one in spec for name in roots(one)}
     call = CALL.fullmatch(spec)
-    inner = call[2].split(",") if call and call[1] in FUNCTIONS else FIELD.findall(spec)
+    inner = called_with(call)[0] if call and call[1] in FUNCTIONS else FIELD.findall(spec)
     return {spec, spec.partition(".")[0]} | {name for one in inner for name in roots(one.strip())}
 
 
@@ -97,6 +108,13 @@ def filled(template: str, values: Sequence[Any]) -> str | None:
         "\n".join(map(str, one)) if isinstance(one, list) else "" if one is None else str(one) for one in values
     )
     return FIELD.sub(lambda _: next(texts), template).strip()
+
+
+def split(value: Any, mark: str) -> list[str]:
+    """The parts of a text between the marks, without the blanks around them; none of an empty text."""
+    if isinstance(value, list):
+        raise ValueError(f"is a list {value!r:.40} already, must be text to split")
+    return [] if value is None else [part.strip() for part in str(value).split(mark) if part.strip()]
 
 
 def position(value: Any, among: Any) -> int | None:
@@ -140,4 +158,4 @@ def called(code: Any, tests: Any) -> str | None:
     return used[-1] if used else None
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"position": position, "placed": placed, "called": called}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"split": split, "position": position, "placed": placed, "called": called}
