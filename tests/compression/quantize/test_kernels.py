@@ -133,8 +133,8 @@ class Delayed(FloatProduct):
 def test_what_takes_many_times_as_long_as_floats_is_slow() -> None:
     """Wherever tensors are made unless a device is named."""
     with torch.device("meta"):
-        assert kernels.is_slow(Delayed(seconds=0.05))  # type: ignore[arg-type]
-        assert not kernels.is_slow(Delayed())  # type: ignore[arg-type]
+        assert kernels.is_slow(Delayed(seconds=0.05))
+        assert not kernels.is_slow(Delayed())
 
 
 def test_a_converted_linear_is_not_many_times_slower_than_a_dense_one() -> None:
@@ -218,9 +218,7 @@ def test_a_cpu_that_clips_sums_gets_the_right_ones_from_floats() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     clips, floats, right = done.stdout.split()
     assert right == "True"
-    if clips == "False":
-        pytest.skip("nothing clips here")
-    assert floats == "True"
+    assert (clips, floats) != ("True", "False")
 
 
 @pytest.mark.parametrize("product", KERNELS)

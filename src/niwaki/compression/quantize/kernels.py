@@ -167,7 +167,7 @@ def is_exact(product: IntegerProduct) -> bool:
         return found.tolist() == [[64 * 127**2, -64 * 127**2], [-64 * 127**2, 64 * 127**2]]
 
 
-def is_slow(product: IntegerProduct) -> bool:
+def is_slow(product: Product) -> bool:
     """Whether floats are much faster on this CPU: with AVX2 alone torch multiplies one pair of codes after the other,
     tens of times as long as floats take. The fastest of some turns each, taken by turns."""
     times: dict[Product, list[float]] = {product: [], FLOATS: []}
