@@ -95,13 +95,28 @@ shots() { # a head has 40 or 60 steps, however many rows there are
     run "zero-${set#*/}" "$set" jsonl data.shots=0 task.head=label_embedding
   done
 }
-pretraining() {
-  local text=(task=masked_lm model=scratch model.width=128 model.blocks=2 model.vocabulary=8000)
-  run pretraining-text language_modeling/wikitext2_valid_test txt "${text[@]}" trainer.max_epochs=20 optimizer.lr=1e-3
-  run pretraining-none language_modeling/wikitext2_valid_test txt "${text[@]}" trainer.max_epochs=0
+pretraining() { # two families, the second with rotary positions
+  local text=(task=masked_lm model=scratch model.width=128 model.blocks=2) kind start
+  local bert=(model.vocabulary=8000 optimizer.lr=1e-3)
+  local modernbert=(model.name=modernbert model.heads=4 model.vocabulary=4000 'model.overrides={classifier_pooling: mean}'
+    task.max_length=64 data.batch_size=16 optimizer.lr=2e-3)
+  for kind in bert modernbert; do
+    local -n own=$kind
+    local epochs=20
+    [ "$kind" = bert ] || epochs=12
+    for start in text none; do
+      [ "$start" = text ] || epochs=0
+      run "pretraining-$kind-$start" language_modeling/wikitext2_valid_test txt "${text[@]}" "${own[@]}" trainer.max_epochs=$epochs
+    done
+  done
+  local labelled=(model=pretrained optimizer.lr=5e-4 'seed=0,1,2')
   for start in text none; do
-    run "pretraining-sst2-$start" sentiment/sst2_sentence jsonl model=pretrained \
-      "model.name=logs/tasks-pretraining-$start/run/model" trainer.max_epochs=10 optimizer.lr=5e-4 'seed=0,1,2'
+    run "pretraining-sst2-bert-$start" sentiment/sst2_sentence jsonl "${labelled[@]}" \
+      "model.name=logs/tasks-pretraining-bert-$start/run/model" trainer.max_epochs=10
+    run "pretraining-sst2-modernbert-$start" sentiment/sst2_sentence jsonl "${labelled[@]}" \
+      "model.name=logs/tasks-pretraining-modernbert-$start/run/model" trainer.max_epochs=3
+    run "pretraining-few-modernbert-$start" sentiment/sst2_sentence jsonl "${labelled[@]}" \
+      "model.name=logs/tasks-pretraining-modernbert-$start/run/model" trainer.max_epochs=10 data.shots=500
   done
 }
 case $what in
