@@ -56,7 +56,7 @@ all() { # as many rows as take five minutes on two cores
   rows cluener ner/cluener task=ner data.limit=1000 trainer.max_epochs=10
   rows semeval2010_task8 relation_extraction/semeval2010_task8 task=relation data.limit=1200
   rows squad question_answering/squad_v2_half_dev task=question_answering task.null_threshold=null data.limit=400
-  local unseen=logs/tasks-xquad.jsonl # it has paragraphs that the squad run learned from
+  local unseen=logs/tasks-xquad.jsonl # without the paragraphs that the squad run learned from
   [ "${only:-xquad}" != xquad ] || grep -v '"in_squad_v2_half_dev": *"train"' "$data/question_answering/xquad/test.jsonl" > "$unseen"
   again xquad squad "$unseen"
   rows cmrc2018 question_answering/cmrc2018 task=question_answering task.null_threshold=null data.skip_empty=true data.limit=150
