@@ -95,29 +95,28 @@ shots() { # a head has 40 or 60 steps, however many rows there are
     run "zero-${set#*/}" "$set" jsonl data.shots=0 task.head=label_embedding
   done
 }
-pretraining() { # two families, the second with rotary positions
-  local text=(task=masked_lm model=scratch model.width=128 model.blocks=2) kind start
-  local bert=(model.vocabulary=8000 optimizer.lr=1e-3)
-  local modernbert=(model.name=modernbert model.heads=4 model.vocabulary=4000 'model.overrides={classifier_pooling: mean}'
-    task.max_length=64 data.batch_size=16 optimizer.lr=2e-3)
-  for kind in bert modernbert; do
-    local -n own=$kind
-    local epochs=20
-    [ "$kind" = bert ] || epochs=12
-    for start in text none; do
-      [ "$start" = text ] || epochs=0
-      run "pretraining-$kind-$start" language_modeling/wikitext2_valid_test txt "${text[@]}" "${own[@]}" trainer.max_epochs=$epochs
-    done
-  done
-  local labelled=(model=pretrained optimizer.lr=5e-4 'seed=0,1,2')
+starts() { # FAMILY EPOCHS MORE...: a small model after raw text, and as it was drawn
+  local start epochs=$2
   for start in text none; do
-    run "pretraining-sst2-bert-$start" sentiment/sst2_sentence jsonl "${labelled[@]}" \
-      "model.name=logs/tasks-pretraining-bert-$start/run/model" trainer.max_epochs=10
-    run "pretraining-sst2-modernbert-$start" sentiment/sst2_sentence jsonl "${labelled[@]}" \
-      "model.name=logs/tasks-pretraining-modernbert-$start/run/model" trainer.max_epochs=3
-    run "pretraining-few-modernbert-$start" sentiment/sst2_sentence jsonl "${labelled[@]}" \
-      "model.name=logs/tasks-pretraining-modernbert-$start/run/model" trainer.max_epochs=10 data.shots=500
+    [ "$start" = text ] || epochs=0
+    run "pretraining-$1-$start" language_modeling/wikitext2_valid_test txt task=masked_lm model=scratch "model.name=$1" \
+      model.width=128 model.blocks=2 "trainer.max_epochs=$epochs" "${@:3}"
   done
+}
+labelled() { # NAME FAMILY MORE...: tunes both
+  local start
+  for start in text none; do
+    run "pretraining-$1-$2-$start" sentiment/sst2_sentence jsonl model=pretrained \
+      "model.name=logs/tasks-pretraining-$2-$start/run/model" optimizer.lr=5e-4 'seed=0,1,2' "${@:3}"
+  done
+}
+pretraining() {
+  starts bert 20 model.vocabulary=8000 optimizer.lr=1e-3
+  starts modernbert 12 model.vocabulary=4000 model.heads=4 'model.overrides={classifier_pooling: mean}' \
+    task.max_length=64 data.batch_size=16 optimizer.lr=2e-3
+  labelled sst2 bert trainer.max_epochs=10
+  labelled sst2 modernbert trainer.max_epochs=3
+  labelled few modernbert trainer.max_epochs=10 data.shots=500
 }
 case $what in
   all | one) all ;;
