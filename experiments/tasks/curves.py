@@ -24,7 +24,7 @@ def read(logs: Path, name: str) -> dict[str, dict[int, list[float]]]:
     """{head: {rows of each class: an accuracy for each seed}}."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for study in ("zero", "shots"):
-        for file in sorted(logs.glob(f"tasks-{study}-{name}/*/metrics.json")):
+        for file in sorted(logs.glob(f"tasks-{study}-{name}*/*/metrics.json")):
             config = yaml.safe_load(file.with_name("config.yaml").read_text())
             score = json.loads(file.read_text())["after"]["test"]["accuracy"]
             found[config["task"]["head"]][config["data"]["shots"]].append(score)
