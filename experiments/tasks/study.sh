@@ -5,13 +5,14 @@
 #   experiments/tasks/study.sh one DATA NAME        one of them
 #   experiments/tasks/study.sh names DATA           names in news: full precision, and 8 bits in the fit
 #   experiments/tasks/study.sh shots DATA           0 to 32 rows of each class, three heads, five seeds, two data sets
-#   experiments/tasks/study.sh pretraining DATA     a small model on raw text first, or not
+#   experiments/tasks/study.sh pretraining DATA     small models on raw text first, or not
 #
 # DATA has a folder KIND/NAME for each data set, with train, validation and test.jsonl (.txt for raw text).
 # BART and LLAMA may name folders of models that write.
 set -euo pipefail
-what=${1:-} data=$(realpath "${2:-.}") only=${3:-}
-cd "$(dirname "$0")/../.."
+what=${1:-} data=$(realpath "${2:-.}") only=${3:-} self=$(realpath "$0")
+cd "$(dirname "$self")/../.."
+mkdir -p logs
 bart=${BART:-} llama=${LLAMA:-}
 run() { # STUDY FOLDER ENDING MORE...
   local test=$data/$2/test.$3
@@ -86,7 +87,7 @@ names() {
   run names-dense ner/conll2003 jsonl +experiment=ner_conll2003
   run names-qat ner/conll2003 jsonl +experiment=ner_conll2003 compression=quantize/qat
 }
-shots() { # a head has 40 or 60 steps, however many rows there are
+shots() { # a fit has 40 or 60 steps, however many rows there are
   local few=('seed=0,1,2,3,4' 'task.head=linear,label_embedding,contrastive' optimizer.lr=3e-4 data.limit=500
     trainer.max_epochs=200)
   run shots-ag_news topic/ag_news jsonl "${few[@]}" 'data.shots=4,8,16,32' trainer.max_steps=40 data.batch_size=16 \
@@ -94,18 +95,19 @@ shots() { # a head has 40 or 60 steps, however many rows there are
   local bank=$data/intent/banking77
   few+=(trainer.max_steps=60 data.batch_size=32 task.max_length=32)
   run shots-banking77 intent/banking77 jsonl "${few[@]}" 'data.shots=4,8,16'
-  # the smallest class has 31 training rows, so 32 are drawn from the validation rows too, by which nothing is chosen
+  # the smallest class has 31 training rows: 32 are drawn from training and validation rows, by which nothing is chosen
   run shots-banking77-32 intent/banking77 jsonl "${few[@]}" data.shots=32 \
     "data.train=[$bank/train.jsonl,$bank/validation.jsonl]"
+  local set
   for set in topic/ag_news intent/banking77; do
     run "zero-${set#*/}" "$set" jsonl data.shots=0 task.head=label_embedding
   done
 }
-written() { # NAME FAMILY EPOCHS MORE...: a small model on raw text
+reads_text() { # NAME FAMILY EPOCHS MORE...: a small model on raw text
   run "pretraining-$1" language_modeling/wikitext2_valid_test txt task=masked_lm model=scratch "model.name=$2" \
     model.width=128 model.blocks=2 "trainer.max_epochs=$3" "${@:4}"
 }
-labelled() { # NAME START MORE...: tunes it
+labelled() { # NAME START MORE...: SST-2 from the weights of such a run
   run "pretraining-$1-$2" sentiment/sst2_sentence jsonl model=pretrained \
     "model.name=logs/tasks-pretraining-$2/run/model" optimizer.lr=5e-4 "${@:3}"
 }
@@ -113,11 +115,11 @@ pretraining() { # after raw text, and as drawn
   local bert=(model.vocabulary=8000 optimizer.lr=1e-3) text=$data/language_modeling/wikitext2_valid_test start
   local modern=(model.vocabulary=4000 model.heads=4 'model.overrides={classifier_pooling: mean}' task.max_length=64
     data.batch_size=16 optimizer.lr=2e-3)
-  written bert-text bert 20 "${bert[@]}"
-  written bert-none bert 0 "${bert[@]}"
-  written modernbert-text modernbert 12 "${modern[@]}"
-  written modernbert-none modernbert 0 "${modern[@]}"
-  written more-text modernbert 16 "${modern[@]}" optimizer.weight_decay=0.1 \
+  reads_text bert-text bert 20 "${bert[@]}"
+  reads_text bert-none bert 0 "${bert[@]}"
+  reads_text modernbert-text modernbert 12 "${modern[@]}"
+  reads_text modernbert-none modernbert 0 "${modern[@]}"
+  reads_text more-text modernbert 16 "${modern[@]}" optimizer.weight_decay=0.1 \
     "data.train=[$text/train.txt,$text/validation.txt]" "data.validation=$text/test.txt"
   for start in bert-text bert-none; do
     labelled sst2 "$start" 'seed=0,1,2' trainer.max_epochs=10
@@ -125,7 +127,7 @@ pretraining() { # after raw text, and as drawn
   for start in modernbert-text modernbert-none; do
     labelled sst2 "$start" 'seed=0,1,2' trainer.max_epochs=3
     labelled few "$start" 'seed=0,1,2' trainer.max_epochs=10 data.shots=500
-    labelled dropout "$start" 'seed=0,1,2' trainer.max_epochs=10 data.shots=500 model.dropout=0.2
+    labelled dropout "$start" 'seed=0,1,2,3,4,5,6,7,8,9' trainer.max_epochs=10 data.shots=500 model.dropout=0.2
   done
   local seen=data.test=$data/sentiment/sst2_sentence/validation.jsonl # what was only tried is told by validation rows
   local fast=('optimizer.lr_by_part={embeddings: 2e-3}')
@@ -139,9 +141,13 @@ pretraining() { # after raw text, and as drawn
   done
 }
 case $what in
-  all | one) all ;;
+  all) only='' all ;;
+  one)
+    grep -qE "(rows|writes|again|chats) ${only:-NAME} [^#]" "$self" || { echo "one DATA NAME: no data set '$only'" >&2 && exit 2; }
+    all
+    ;;
   names) names ;;
   shots) shots ;;
   pretraining) pretraining ;;
-  *) sed -n '2,12p' "$0" && exit 2 ;;
+  *) sed -n '2,11p' "$self" && exit 2 ;;
 esac
