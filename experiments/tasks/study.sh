@@ -143,7 +143,10 @@ pretraining() { # after raw text, and as drawn
 case $what in
   all) only='' all ;;
   one)
-    grep -qE "(rows|writes|again|chats) ${only:-NAME} [^#]" "$self" || { echo "one DATA NAME: no data set '$only'" >&2 && exit 2; }
+    if [ -z "$only" ] || ! grep -qE "(rows|writes|again|chats) $only " "$self"; then
+      echo "one DATA NAME: no data set '$only' in $self" >&2
+      exit 2
+    fi
     all
     ;;
   names) names ;;
