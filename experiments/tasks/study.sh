@@ -130,13 +130,13 @@ pretraining() { # after raw text, and as drawn
     labelled dropout "$start" 'seed=0,1,2,3,4,5,6,7,8,9' trainer.max_epochs=10 data.shots=500 model.dropout=0.2
   done
   local seen=data.test=$data/sentiment/sst2_sentence/validation.jsonl # what was only tried is told by validation rows
-  local fast=('optimizer.lr_by_part={embeddings: 2e-3}')
-  for start in more-text modernbert-text modernbert-none; do
-    labelled tried-fast "$start" 'seed=0,1' trainer.max_epochs=10 data.shots=500 "${fast[@]}" "$seen"
-    labelled tried-dropout "$start" 'seed=0,1' trainer.max_epochs=10 data.shots=500 model.dropout=0.2 "$seen"
+  local fast='optimizer.lr_by_part={embeddings: 2e-3}'
+  labelled tried-dropout more-text 'seed=0,1' trainer.max_epochs=10 data.shots=500 model.dropout=0.2 "$seen"
+  for start in more-text modernbert-text modernbert-none; do # of the last two, the runs above have validation scores
+    labelled tried-fast "$start" 'seed=0,1' trainer.max_epochs=10 data.shots=500 "$fast" "$seen"
   done
   for start in more-text modernbert-none; do
-    labelled tried-sst2 "$start" trainer.max_epochs=3 model.dropout=0.1 "${fast[@]}" "$seen"
+    labelled tried-sst2 "$start" trainer.max_epochs=3 model.dropout=0.1 "$fast" "$seen"
     labelled tried-200 "$start" 'seed=0,1,2' trainer.max_epochs=20 data.shots=100 model.dropout=0.2 "$seen"
   done
 }
