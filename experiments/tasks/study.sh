@@ -131,8 +131,9 @@ pretraining() { # after raw text, and as drawn
   done
   local seen=data.test=$data/sentiment/sst2_sentence/validation.jsonl # what was only tried is told by validation rows
   local fast='optimizer.lr_by_part={embeddings: 2e-3}'
+  # of the other two, the runs above keep their validation scores
   labelled tried-dropout more-text 'seed=0,1' trainer.max_epochs=10 data.shots=500 model.dropout=0.2 "$seen"
-  for start in more-text modernbert-text modernbert-none; do # of the last two, the runs above have validation scores
+  for start in more-text modernbert-text modernbert-none; do
     labelled tried-fast "$start" 'seed=0,1' trainer.max_epochs=10 data.shots=500 "$fast" "$seen"
   done
   for start in more-text modernbert-none; do
